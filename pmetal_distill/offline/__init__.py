@@ -1,0 +1,1 @@
+"""Stage one inside the library: capture, sketch, writer, reader."""
