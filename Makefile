@@ -1,0 +1,29 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs, once.
+BIN := .venv/bin
+OUT ?= runs/demo
+
+.PHONY: setup demo test check fix bench clean help
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+setup: ## virtual environment, MLX for this machine, OpenBLAS, the demo's teacher
+	@tools/setup.sh
+
+demo: setup ## distil a real model in a few minutes, without a network
+	$(BIN)/pmetal-pipeline demo --out $(OUT) --overwrite
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: setup ## formatting, lint, types, import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: setup ## apply formatting and safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the virtual environment and build leftovers
+	rm -rf .venv build dist *.egg-info
