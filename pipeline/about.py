@@ -1,0 +1,35 @@
+"""What `pmetal-pipeline --version -v` tells: the machine's back end and the versions that matter in a bug report."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.console import aligned
+
+LIBRARIES = ("mlx", "mlx-lm", "numpy", "pyarrow", "zstandard", "transformers", "safetensors")
+
+
+def version_line() -> str:
+    return f"pmetal-pipeline {_version('pmetal-distill')}"
+
+
+def report() -> str:
+    """The version with back end, BLAS, kernels and library versions, one a line. Imports MLX."""
+    import pmetal_distill
+    from pmetal_distill import _blas
+
+    blas = "not needed" if not _blas.needs_preload() else pmetal_distill.BLAS or "none: " + _blas.HINT
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "device": _device(), "BLAS": blas}
+    return "\n".join([version_line(), aligned([*facts.items(), *((name, _version(name)) for name in LIBRARIES)])])
+
+
+def _device() -> str:
+    import mlx.core as mx
+
+    return str(mx.default_device())
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"

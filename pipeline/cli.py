@@ -1,0 +1,67 @@
+"""`pmetal-pipeline`: the commands and what they share. Help costs no import of MLX: a command loads its stage when run."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from schemas.errors import PmetalError
+
+COMMANDS = {
+    "cache": "pipeline.commands.cache",
+    "train": "pipeline.commands.train",
+    "init-student": "pipeline.commands.init_student",
+    "inspect": "pipeline.commands.inspect",
+    "verify": "pipeline.commands.verify",
+    "repair": "pipeline.commands.repair",
+    "eval": "pipeline.commands.eval",
+    "demo": "pipeline.commands.demo",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name]).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from pipeline import about
+
+    click.echo(about.report() if ctx.params.get("verbose") else about.version_line())
+    ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-v", "--verbose", is_flag=True, is_eager=True, help="With --version: back end, BLAS, libraries.")
+@click.option("--version", is_flag=True, callback=_print_version, expose_value=False, help="Print the version.")
+def group(verbose: bool) -> None:
+    """Distil a large language model into a small one, offline: cache what the teacher says once, train from the cache."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        group.main(args=arguments, prog_name="pmetal-pipeline", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except PmetalError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; what was committed is kept, --resume continues", err=True)
+        sys.exit(130)

@@ -1,0 +1,82 @@
+"""Command-line options made from a settings dataclass, so that names, defaults and help stand in one place.
+
+A field's `metadata["help"]` is the option's help text; its type gives the option's type. An option that is not typed
+is absent from the result, so that the command line beats the configuration file and the file beats the defaults.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class IntList(click.ParamType):
+    """Comma-separated integers, e.g. 6,12,-1."""
+
+    name = "int,int,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers such as 6,12,-1", param, ctx)
+
+
+def settings_options(settings: type, *, positional: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Adds an option for every field of `settings` that has a help text; `positional` fields are left to the caller."""
+
+    def decorate(function: F) -> F:
+        hints = typing.get_type_hints(settings)
+        for field in reversed(dataclasses.fields(settings)):
+            if "help" in field.metadata and field.name not in positional:
+                function = _option(field, hints[field.name])(function)
+        return function
+
+    return decorate
+
+
+def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:
+    flag = "--" + field.name.replace("_", "-")
+    help_text = field.metadata["help"] + _default_text(field)
+    base = _strip_optional(hint)
+    if base is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
+    names = [*field.metadata.get("short", ()), flag]
+    return click.option(*names, field.name, type=_click_type(base), default=None, help=help_text)
+
+
+def _strip_optional(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        scalars = [arg for arg in inner if arg in (int, float, str)]
+        return scalars[0] if scalars else inner[0]
+    return hint
+
+
+def _click_type(base: Any) -> Any:
+    origin = typing.get_origin(base)
+    if origin is Literal:
+        return click.Choice([str(choice) for choice in typing.get_args(base)])
+    if origin is tuple:
+        return IntList()
+    return {int: int, float: float, str: str, Path: click.Path(path_type=Path)}.get(base, str)
+
+
+def _default_text(field: "dataclasses.Field[Any]") -> str:
+    default = field.default
+    if default is dataclasses.MISSING or default is None or default in ("", ()) or isinstance(default, bool):
+        return ""
+    return f"  [default: {default}]"
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in options.items() if value is not None}
