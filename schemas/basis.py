@@ -1,0 +1,187 @@
+"""The sketch's basis: a sidecar file shared by many shards, named by the hash of its bytes.
+
+Tail logits of a token are `mean + components @ y`. On disk: V x (2 r + 4) bytes (78 MB at V=152k, r=256).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from schemas.arrays import Float32
+from schemas.errors import CorruptionError, IncompatibleError
+from schemas.spec import MAX_VOCAB_SIZE
+from schemas.strict import Fields, parse_object
+from schemas.tensors import Arrays, dump_tensors, parse_tensors
+
+LEVELS = (3, 5, 15, 255, 65536)
+MAX_RANK = 4096
+MAX_GROUPS = 64
+MAX_BASIS_BYTES = 1 << 32
+MAX_META_BYTES = 1 << 16
+NAME_PATTERN = r"basis-[0-9a-f]{16}"
+_FORMAT = {"format": "pmetal-distill basis", "version": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinateGroup:
+    """Coordinates [start, stop) that share a number of levels, hence a packing into bytes.
+
+    Attributes:
+        start, stop: range of coordinates.
+        levels: 65536 (two bytes each), 255 (one), 15 (two a byte), 5 (three a byte) or 3 (five a byte).
+    """
+
+    start: int
+    stop: int
+    levels: int
+
+    @property
+    def largest(self) -> int:
+        """Coordinates saturate at this multiple of the step, either sign."""
+        return 32767 if self.levels == 65536 else self.levels // 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SketchBasis:
+    """How coordinates become tail logits, and how they are rounded and packed.
+
+    Attributes:
+        mean: float32 [V].
+        components: float32 [V, r]; rounded to float16 on construction, as they are stored.
+        step: one quantization step for all coordinates, > 0.
+        groups: cover coordinates 0..r in order, without gaps.
+        meta: short strings for people: how it was fitted.
+
+    Raises:
+        IncompatibleError: shapes that do not fit, values that are not finite in float16, bad groups.
+    """
+
+    mean: Float32
+    components: Float32
+    step: float
+    groups: tuple[CoordinateGroup, ...]
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with np.errstate(over="ignore"):
+            rounded = np.asarray(self.components, np.float16).astype(np.float32)
+        object.__setattr__(self, "components", rounded)
+        object.__setattr__(self, "mean", np.ascontiguousarray(self.mean, np.float32))
+        object.__setattr__(self, "groups", tuple(self.groups))
+        if problem := self._problem():
+            raise IncompatibleError(f"SketchBasis: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.components.ndim != 2 or self.mean.shape != self.components.shape[:1]:
+            return f"mean [V], components [V, r], found {self.mean.shape}, {self.components.shape}"
+        if not (2 <= self.vocab_size <= MAX_VOCAB_SIZE and 1 <= self.rank <= MAX_RANK):
+            return f"2 <= V <= {MAX_VOCAB_SIZE}, 1 <= r <= {MAX_RANK}, found {self.components.shape}"
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.components).all()):
+            return "mean and components must be finite (components in float16)"
+        if not 0 < self.step < 1e6:
+            return f"step must be from 0 to 1e6, found {self.step}"
+        starts = (0, *(g.stop for g in self.groups))
+        ordered = all(
+            g.start == s < g.stop and g.levels in LEVELS for g, s in zip(self.groups, starts, strict=False)
+        )
+        if not ordered or starts[-1] != self.rank or len(self.groups) > MAX_GROUPS:
+            return f"groups must cover 0..{self.rank} in order with levels {LEVELS}, found {self.groups[:8]}"
+        return None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.components.shape[0])
+
+    @property
+    def rank(self) -> int:
+        """r, coordinates per token."""
+        return int(self.components.shape[1])
+
+    def truncated(self, rank: int) -> "SketchBasis":
+        """The basis of the first `rank` coordinates.
+
+        Raises:
+            IncompatibleError: `rank` is not from 1 to the stored rank.
+        """
+        if not 1 <= rank <= self.rank:
+            raise IncompatibleError(
+                f"SketchBasis: rank must be from 1 to the stored {self.rank}, found {rank}"
+            )
+        groups = tuple(
+            CoordinateGroup(g.start, min(g.stop, rank), g.levels) for g in self.groups if g.start < rank
+        )
+        return SketchBasis(self.mean, self.components[:, :rank], self.step, groups, self.meta)
+
+    def to_bytes(self) -> bytes:
+        """The sidecar file; equal bases give equal bytes."""
+        groups = np.array([(g.start, g.stop, g.levels) for g in self.groups], np.int32)
+        tensors: Arrays = {
+            "mean": self.mean,
+            "components": self.components.astype(np.float16),
+            "step": np.array([self.step], np.float64),
+            "groups": groups,
+        }
+        meta = json.dumps(self.meta, sort_keys=True)
+        if len(meta) > MAX_META_BYTES:
+            raise IncompatibleError(
+                f"SketchBasis: meta must be at most {MAX_META_BYTES} bytes, found {len(meta)}"
+            )
+        return dump_tensors(tensors, {**_FORMAT, "meta": meta})
+
+    @staticmethod
+    def from_bytes(data: bytes, *, where: str) -> "SketchBasis":
+        """The basis in a sidecar file.
+
+        Raises:
+            CorruptionError: anything but the four tensors with fitting shapes, types and values.
+        """
+        tensors, metadata = parse_tensors(data, where=where)
+        kinds = {name: (a.dtype.str[1:], a.ndim) for name, a in tensors.items()}
+        wanted = {"mean": ("f4", 1), "components": ("f2", 2), "step": ("f8", 1), "groups": ("i4", 2)}
+        if kinds != wanted or tensors["step"].shape != (1,) or tensors["groups"].shape[1] != 3:
+            raise CorruptionError(f"{where}: must hold tensors {wanted}, found {kinds}")
+        if {k: metadata.get(k) for k in _FORMAT} != _FORMAT:
+            raise CorruptionError(
+                f"{where}: metadata must say {_FORMAT}, found {dict(list(metadata.items())[:4])}"
+            )
+        meta = Fields(
+            parse_object(
+                metadata.get("meta", "{}").encode(), where=f"{where} meta", max_bytes=MAX_META_BYTES
+            ),
+            where=f"{where} meta",
+        )
+        groups = tuple(CoordinateGroup(*map(int, row)) for row in tensors["groups"][: MAX_GROUPS + 1])
+        try:
+            return SketchBasis(
+                tensors["mean"], tensors["components"], float(tensors["step"][0]), groups, meta.strings()
+            )
+        except IncompatibleError as error:
+            raise CorruptionError(f"{where}: {error}") from error
+
+
+def sidecar_name(data: bytes) -> str:
+    """`basis-<first 16 hex digits of SHA-256>`, the file's name without its suffix."""
+    return f"basis-{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def load_basis(path: Path, *, sha256: str | None = None) -> SketchBasis:
+    """Read a sidecar, checking its bytes against its name (and against the full hash when given).
+
+    Raises:
+        CorruptionError: missing, too large, damaged, or its bytes do not hash to its name.
+    """
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MAX_BASIS_BYTES else b""
+    except OSError as error:
+        raise CorruptionError(f"{path.name}: must be readable, found {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if path.name != f"basis-{digest[:16]}.safetensors" or sha256 not in (None, digest):
+        raise CorruptionError(
+            f"{path.name}: content must hash to its name, found {digest[:16]}; copy it again"
+        )
+    return SketchBasis.from_bytes(data, where=path.name)
