@@ -1,0 +1,29 @@
+"""Training text: read it, turn it into tokens, pack the tokens into sequences.
+
+    load_documents(path) -> Document -> tokenize(...) -> TokenizedDocument -> pack(...) -> PackedDataset
+
+Every step streams. Only the packed tokens stay: about 4 bytes a token in memory, or none with a spool folder.
+"""
+
+from pipeline.data.documents import Document, FieldNames
+from pipeline.data.packing import PackedDataset, PackedSequence, PackSettings, pack
+from pipeline.data.readers import available_splits, data_files, load_documents
+from pipeline.data.splitting import split_by_document
+from pipeline.data.tokenizing import TokenizedDocument, Tokenizer, tokenize, tokenize_all
+
+__all__ = [
+    "Document",
+    "FieldNames",
+    "PackSettings",
+    "PackedDataset",
+    "PackedSequence",
+    "TokenizedDocument",
+    "Tokenizer",
+    "available_splits",
+    "data_files",
+    "load_documents",
+    "pack",
+    "split_by_document",
+    "tokenize",
+    "tokenize_all",
+]
