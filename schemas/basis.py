@@ -3,15 +3,17 @@
 Tail logits of a token are `mean + components @ y`. On disk: V x (2 r + 4) bytes (78 MB at V=152k, r=256).
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.arrays import Float32
 from schemas.errors import CorruptionError, IncompatibleError
+from schemas.sidecar import content_name, read_sidecar
 from schemas.spec import MAX_VOCAB_SIZE
 from schemas.strict import Fields, parse_object
 from schemas.tensors import Arrays, dump_tensors, parse_tensors
@@ -19,9 +21,9 @@ from schemas.tensors import Arrays, dump_tensors, parse_tensors
 LEVELS = (3, 5, 15, 255, 65536)
 MAX_RANK = 4096
 MAX_GROUPS = 64
-MAX_BASIS_BYTES = 1 << 32
 MAX_META_BYTES = 1 << 16
-NAME_PATTERN = r"basis-[0-9a-f]{16}"
+KIND = "basis"
+MIN_DEVIATIONS = 3.1
 _FORMAT = {"format": "pmetal-distill basis", "version": "1"}
 
 
@@ -163,9 +165,22 @@ class SketchBasis:
             raise CorruptionError(f"{where}: {error}") from error
 
 
-def sidecar_name(data: bytes) -> str:
+def plan_groups(spread: npt.ArrayLike, step: float) -> tuple[CoordinateGroup, ...]:
+    """Groups for coordinates in order, by their standard deviations.
+
+    Each coordinate gets the fewest levels whose range covers 3.1 deviations, never fewer than a later one.
+    Measured at r=256, step 60: 35.4 B a token, 6e-4 of the values clipped (3.9 deviations: 39.0 B, 1e-5).
+    """
+    reach = np.array([level // 2 + 0.5 for level in LEVELS]) * step / MIN_DEVIATIONS
+    choice = np.searchsorted(reach, np.atleast_1d(spread)).clip(max=len(LEVELS) - 1)
+    choice = np.maximum.accumulate(choice[::-1])[::-1]
+    edges = [0, *(np.flatnonzero(np.diff(choice)) + 1).tolist(), len(choice)]
+    return tuple(CoordinateGroup(a, b, LEVELS[choice[a]]) for a, b in pairwise(edges))
+
+
+def basis_name(data: bytes) -> str:
     """`basis-<first 16 hex digits of SHA-256>`, the file's name without its suffix."""
-    return f"basis-{hashlib.sha256(data).hexdigest()[:16]}"
+    return content_name(KIND, data)
 
 
 def load_basis(path: Path, *, sha256: str | None = None) -> SketchBasis:
@@ -174,14 +189,4 @@ def load_basis(path: Path, *, sha256: str | None = None) -> SketchBasis:
     Raises:
         CorruptionError: missing, too large, damaged, or its bytes do not hash to its name.
     """
-    try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MAX_BASIS_BYTES else b""
-    except OSError as error:
-        raise CorruptionError(f"{path.name}: must be readable, found {error}") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if path.name != f"basis-{digest[:16]}.safetensors" or sha256 not in (None, digest):
-        raise CorruptionError(
-            f"{path.name}: content must hash to its name, found {digest[:16]}; copy it again"
-        )
-    return SketchBasis.from_bytes(data, where=path.name)
+    return SketchBasis.from_bytes(read_sidecar(path, kind=KIND, sha256=sha256), where=path.name)

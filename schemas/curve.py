@@ -52,7 +52,7 @@ class TailCurve:
         points = np.array((0.0, *self.nodes))
         if not 0.0 <= b <= points[-1]:
             raise ValueError(f"TailCurve: 1/T must be from 0 to {points[-1]:g}, found {b:g}")
-        exact = np.flatnonzero(points == b)
+        exact = np.flatnonzero(np.abs(points - b) < 1e-12)
         if exact.size:
             return np.asarray(np.eye(len(points))[exact[0]])
         gaps = points[:, None] - points[None, :]

@@ -15,7 +15,7 @@ from schemas.errors import CorruptionError
 from schemas.strict import Fields, dump_object, parse_object
 
 MAX_HEADER_BYTES = 1 << 20
-_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "U8": "|u1"}
+_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1"}
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 
 Arrays = dict[str, npt.NDArray[Any]]

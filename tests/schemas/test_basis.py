@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from schemas.basis import CoordinateGroup, SketchBasis, load_basis, sidecar_name
+from schemas.basis import CoordinateGroup, SketchBasis, basis_name, load_basis
 from schemas.errors import CorruptionError, IncompatibleError
 
 GROUPS = (CoordinateGroup(0, 2, 65536), CoordinateGroup(2, 5, 15), CoordinateGroup(5, 12, 3))
@@ -19,7 +19,7 @@ def make_basis(vocab_size=40, *, groups=GROUPS, step=0.5):
 
 
 def write(folder, data):
-    path = folder / f"{sidecar_name(data)}.safetensors"
+    path = folder / f"{basis_name(data)}.safetensors"
     path.write_bytes(data)
     return path
 
@@ -108,5 +108,5 @@ def test_refuses_other_files(data):
 
 
 def test_a_missing_sidecar_is_named(tmp_path):
-    with pytest.raises(CorruptionError, match=r"basis-0{16}.safetensors: must be readable"):
+    with pytest.raises(CorruptionError, match=r"basis-0{16}.safetensors: must be a plain file"):
         load_basis(tmp_path / f"basis-{'0' * 16}.safetensors")

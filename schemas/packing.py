@@ -1,0 +1,60 @@
+"""Small signed integers as digits of a base, several to a byte. Cost: a table look-up per byte to unpack.
+
+zstd's Huffman coder spends at least one bit a symbol, so coordinates that are mostly zero share a byte.
+"""
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.basis import CoordinateGroup
+from schemas.planes import Planes
+
+DIGITS_PER_BYTE = {255: 1, 15: 2, 5: 3, 3: 5}
+
+
+def group_width(group: CoordinateGroup) -> int:
+    """Bytes per token and plane of a group."""
+    return -(-(group.stop - group.start) // DIGITS_PER_BYTE.get(group.levels, 1))
+
+
+def pack_group(values: npt.NDArray[np.int32], levels: int) -> list[Planes]:
+    """Byte planes of integers [n, width] within +-(levels // 2).
+
+    Digit i of a byte is `value mod levels` times `levels ** i`; 65536 levels are two planes, low bytes first.
+    Zeros give zero bytes.
+    """
+    if levels == 65536:
+        return [values.astype(np.uint8), (values >> 8).astype(np.uint8)]
+    per_byte = DIGITS_PER_BYTE[levels]
+    digits = np.pad(values % levels, ((0, 0), (0, -values.shape[1] % per_byte)))
+    digits = digits.reshape(len(values), -1, per_byte)
+    return [(digits @ levels ** np.arange(per_byte)).astype(np.uint8)]
+
+
+def unpack_group(
+    planes: list[Planes], group: CoordinateGroup, out: npt.NDArray[np.float32], *, step: float
+) -> None:
+    """Write `step * value` of one group into `out`, float32 [n, width].
+
+    `out` may be narrower than the group: the leading coordinates are kept.
+    """
+    width = out.shape[1]
+    if group.levels == 65536:
+        values = planes[1][:, :width].view(np.int8).astype(np.int16) << 8 | planes[0][:, :width]
+        np.multiply(values, np.float32(step), out=out)
+        return
+    per_byte = DIGITS_PER_BYTE[group.levels]
+    num_bytes = -(-width // per_byte)
+    table = _digit_table(group.levels) * np.float32(step)
+    unpacked = table.take(planes[0][:, :num_bytes], axis=0)
+    out[:] = unpacked.reshape(len(out), num_bytes * per_byte)[:, :width]
+
+
+@cache
+def _digit_table(levels: int) -> npt.NDArray[np.float32]:
+    """float32 [256, digits per byte]: the values that a byte stands for."""
+    per_byte = DIGITS_PER_BYTE[levels]
+    digits = np.arange(256)[:, None] // levels ** np.arange(per_byte) % levels
+    return np.where(digits > levels // 2, digits - levels, digits).astype(np.float32)
