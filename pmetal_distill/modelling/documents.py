@@ -1,0 +1,78 @@
+"""Attention that does not cross documents, for any mlx-lm attention model. Costs a boolean mask [B, L, L].
+
+mlx-lm's models ask their key-value cache for the attention mask (`make_mask`). `DocumentCache` stands in
+for the cache of one layer: it keeps nothing, and answers with a mask that is causal, within the layer's
+window, and within one document. Positions are not restarted, which changes nothing where only their
+differences count (rope).
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+
+class DocumentMask:
+    """Masks of one batch, one per window size, shared by all layers.
+
+    Args:
+        documents: integers [B, L]; tokens attend to earlier tokens with the same number. Or [L] for one
+            sequence, which gives masks [L, L] without batch and head dimensions. None: every sequence is one
+            document.
+    """
+
+    def __init__(self, documents: mx.array | None) -> None:
+        self._documents = documents
+        self._masks: dict[int | None, mx.array] = {}
+
+    def mask(self, length: int, window: int | None) -> mx.array:
+        """True where a query (row) may see a key (column): bool [L, L] or [B, 1, L, L]."""
+        if window not in self._masks:
+            self._masks[window] = self._build(length, window)
+        return self._masks[window]
+
+    def _build(self, length: int, window: int | None) -> mx.array:
+        rows, columns = mx.arange(length)[:, None], mx.arange(length)[None]
+        mask = columns <= rows
+        if window is not None:
+            mask = mask & (rows < columns + window)
+        if self._documents is None:
+            return mask
+        same = self._documents[..., :, None] == self._documents[..., None, :]
+        return (same & mask) if same.ndim == 2 else (same & mask)[:, None]
+
+
+class DocumentCache:
+    """Stands in for the empty key-value cache of one layer.
+
+    Args:
+        mask: shared by the layers of a call.
+        max_size: the window that the real cache would impose where the model names none.
+    """
+
+    offset = 0
+
+    def __init__(self, mask: DocumentMask, max_size: int | None = None) -> None:
+        self._mask, self._max_size = mask, max_size
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """The mask for `length` new tokens; an array whatever `return_array` says."""
+        return self._mask.mask(length, window_size or self._max_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """All keys and values so far: the given ones."""
+        return keys, values
+
+
+def document_caches(documents: mx.array | None, max_sizes: tuple[int | None, ...]) -> list[Any]:
+    """One stand-in per cache of the model."""
+    mask = DocumentMask(documents)
+    return [DocumentCache(mask, size) for size in max_sizes]
+
+
+def holds_one_document(documents: np.ndarray[Any, Any]) -> bool:
+    """Whether each row [B, L] is one document, up to padding (negative numbers) behind it."""
+    padding = documents < 0
+    padding_is_last = not bool((padding[:, :-1] & ~padding[:, 1:]).any())
+    same = (documents == documents[:, :1]) | padding
+    return padding_is_last and bool(same.all()) and not bool(padding[:, 0].any())

@@ -1,0 +1,168 @@
+"""A model taken apart: hidden states, logits, documents kept apart. Costs what the plain call costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from pmetal_distill.modelling.anatomy import Anatomy, run_body, run_head
+from pmetal_distill.modelling.documents import document_caches, holds_one_document
+from pmetal_distill.modelling.heads import LinearHead
+from schemas.errors import ModelError
+
+Documents = np.ndarray[Any, Any] | mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden states of a batch.
+
+    Attributes:
+        final: [B, L, d], what the head takes (after the final norm).
+        layers: block index -> [B, L, d], the output of that block.
+    """
+
+    final: mx.array
+    layers: dict[int, mx.array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A language model, taken apart. The parameters are read when used, so it follows training.
+
+    After exchanging modules of `model` (LoRA), take it apart again with `wrap_model`.
+
+    Attributes:
+        model: the mlx-lm model.
+        tokenizer: mlx-lm's wrapper of it.
+        config: its configuration.
+        source: what it was loaded from, as given.
+        folder: the mlx-lm folder it was loaded from; None for a model made in memory.
+        anatomy: where its parts are.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    source: str
+    folder: Path | None
+    anatomy: Anatomy
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits; may exceed the tokenizer's size."""
+        return self.anatomy.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the final hidden states; 0 if the model cannot be split."""
+        return self.anatomy.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return self.anatomy.num_layers
+
+    @property
+    def head(self) -> LinearHead | None:
+        """The head as a matrix, if it is one."""
+        return self.anatomy.head
+
+    @property
+    def splits(self) -> bool:
+        """Whether `hidden` and `logits` are available; else only `full` is."""
+        return self.anatomy.body is not None
+
+    @property
+    def supports_packing(self) -> bool:
+        """Whether several documents can share a sequence without seeing each other."""
+        return self.anatomy.packing != "none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about this model, one sentence each."""
+        return self.anatomy.notes
+
+    def hidden(
+        self, token_ids: mx.array, *, documents: Documents | None = None, layers: Sequence[int] = ()
+    ) -> Hidden:
+        """Runs the body.
+
+        Args:
+            token_ids: integers [B, L].
+            documents: integers [B, L], tokens with different numbers do not see each other; negative behind a
+                document is padding. None: each sequence is one document. Where a NumPy array shows the same,
+                the plain causal path is taken; an MLX array is not looked into.
+            layers: blocks whose outputs are wanted, from 0; negative counts from the end.
+
+        Raises:
+            ModelError: the model cannot be split, or cannot keep documents apart.
+            ValueError: no such layer.
+        """
+        body = self._body()
+        wanted = [self._layer(index) for index in layers]
+        runs = [
+            run_body(self.model, body, self.anatomy.blocks, ids, caches, wanted)
+            for ids, caches in self._passes(token_ids, documents)
+        ]
+        final = _joined([states for states, _ in runs])
+        blocks = {index: _joined([found[index] for _, found in runs]) for index in wanted}
+        return Hidden(final, {index: blocks[self._layer(index)] for index in layers})
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Final hidden states [..., d] -> logits [..., V], by the model's own head, soft-caps and all.
+
+        Raises:
+            ModelError: the model cannot be split.
+        """
+        return run_head(self.model, self._body(), hidden)
+
+    def full(self, token_ids: mx.array, documents: Documents | None = None) -> mx.array:
+        """Runs the whole model: [B, L] -> logits [B, L, V].
+
+        Raises:
+            ModelError: the model cannot keep documents apart.
+        """
+        return _joined([self.model(ids, cache=caches) for ids, caches in self._passes(token_ids, documents)])
+
+    def _body(self) -> tuple[str, ...]:
+        if self.anatomy.body is None:
+            raise ModelError(f"{self.source}: the head of this model cannot be split off; use its full call")
+        return self.anatomy.body
+
+    def _layer(self, index: int) -> int:
+        if self.anatomy.blocks is None:
+            raise ModelError(f"{self.source}: the outputs of this model's blocks cannot be had; ask for none")
+        if not -self.num_layers <= index < self.num_layers:
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, found {index}")
+        return index % self.num_layers
+
+    def _passes(
+        self, token_ids: mx.array, documents: Documents | None
+    ) -> list[tuple[mx.array, list[Any] | None]]:
+        """The calls that a batch takes: token ids and stand-ins for the caches of each."""
+        if isinstance(documents, np.ndarray) and holds_one_document(documents):
+            documents = None
+        windows = self.anatomy.windows
+        if documents is None:
+            inside = all(size is None or token_ids.shape[1] <= size for size in windows)
+            return [
+                (token_ids, None if inside or not self.supports_packing else document_caches(None, windows))
+            ]
+        if not self.supports_packing:
+            raise ModelError(
+                f"{self.source}: this model cannot keep several documents apart in one sequence; "
+                "give it one document per sequence"
+            )
+        numbers = mx.array(documents)
+        if self.anatomy.packing == "batch":
+            return [(token_ids, document_caches(numbers, windows))]
+        return [(token_ids[i : i + 1], document_caches(numbers[i], windows)) for i in range(len(token_ids))]
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)

@@ -1,0 +1,287 @@
+"""Models: loading, hidden states and logits of any mlx-lm model, saving, fingerprints.
+
+The only importer of mlx_lm, which takes seconds to import and is imported on first use. Loading costs the
+read of the weights and a few forward passes of 8 tokens that find and verify where the body ends and the
+head begins. On the CPU everything runs in float32: half-precision products are 30 to 60 times slower there.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sha256
+from pmetal_distill.modelling.anatomy import CacheKind, examine
+from pmetal_distill.modelling.fingerprints import (
+    chat_template_fingerprint,
+    compare_tokenizers,
+    folder_fingerprint,
+    tensors_fingerprint,
+    tokenizer_fingerprint,
+)
+from pmetal_distill.modelling.folders import new_folder
+from pmetal_distill.modelling.heads import LinearHead
+from pmetal_distill.modelling.loaded import Hidden, LoadedModel
+from schemas.errors import ModelError
+
+__all__ = [
+    "Hidden",
+    "LinearHead",
+    "LoadedModel",
+    "build_model",
+    "cache_home",
+    "chat_template_fingerprint",
+    "compare_tokenizers",
+    "load_model",
+    "load_tokenizer",
+    "locate_model",
+    "model_fingerprint",
+    "save_model",
+    "tokenizer_fingerprint",
+    "wrap_model",
+]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "*.tiktoken")
+
+
+def wrap_model(
+    model: nn.Module,
+    tokenizer: Any,
+    config: Mapping[str, Any],
+    *,
+    source: str = "a model in memory",
+    folder: Path | None = None,
+) -> LoadedModel:
+    """Takes a model that is already in memory apart.
+
+    Raises:
+        ModelError: it cannot be called.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    try:
+        caches = [CacheKind(type(c).__name__, getattr(c, "max_size", None)) for c in make_prompt_cache(model)]
+        anatomy = examine(model, caches, dict(config))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{source}: the model loads, but fails on 8 tokens ({error})") from error
+    return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy)
+
+
+def load_model(path_or_repo: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Loads a model and takes it apart.
+
+    Args:
+        path_or_repo: an mlx-lm folder, a hub id "owner/name", or a llama-architecture .gguf file, which is
+            converted once into `cache_home()`.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        ModelError: missing, not a model, of an unsupported kind, damaged, or without a tokenizer.
+    """
+    source = str(path_or_repo)
+    folder = locate_model(path_or_repo)
+    config = _read_config(folder)
+    _require_tokenizer_files(folder)
+    model, config = _load_weights(folder, source, trust_remote_code)
+    tokenizer = load_tokenizer(
+        folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
+    )
+    if mx.default_device().type == mx.cpu:
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return wrap_model(model, tokenizer, config, source=source, folder=folder)
+
+
+def locate_model(path_or_repo: str | Path) -> Path:
+    """The local mlx-lm folder of a model: as given, downloaded, or converted from a .gguf file.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _converted(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path}: a model must be a folder or a .gguf file, found another file")
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(path_or_repo)):
+        raise ModelError(
+            f"{path}: no such file or folder; give an mlx-lm folder, a hub id 'owner/name' or a .gguf file"
+        )
+    return _downloaded(str(path_or_repo))
+
+
+def cache_home() -> Path:
+    """Where converted models are kept: $PMETAL_HOME, else a folder in the user's cache."""
+    if home := os.environ.get("PMETAL_HOME"):
+        return Path(home).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/pmetal-distill").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pmetal-distill"
+
+
+def _converted(path: Path) -> Path:
+    dtype = "float32" if mx.default_device().type == mx.cpu else "float16"
+    name = f"{path.stem}-{dtype}-{file_sha256(path)[:16]}"
+    return convert_gguf(path, cache_home() / "gguf" / name, dtype=dtype)
+
+
+def _downloaded(repo: str) -> Path:
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(repo))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(
+            f"{repo}: no such folder, and the hub does not give it ({reason}); "
+            "check the name and the connection, or give a local folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: not a model (no config.json); give a folder that mlx_lm loads") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not JSON ({error}); copy or download the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}: names no model_type; give a folder that mlx_lm loads")
+    return config
+
+
+def _require_tokenizer_files(folder: Path) -> None:
+    if not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder}: no tokenizer (tokenizer.json or tokenizer.model); copy it beside the weights"
+        )
+
+
+def _load_weights(folder: Path, source: str, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model as load
+
+    try:
+        model, config = load(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"{source}: mlx_lm cannot load it ({_first_line(error)}); see that the folder is whole"
+        ) from error
+    return model, config
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, eos_token_ids: Any = None) -> Any:
+    """Loads only the tokenizer of an mlx-lm folder.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from mlx_lm.utils import load_tokenizer as load
+
+    _require_tokenizer_files(folder)
+    try:
+        return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos_token_ids)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be read ({_first_line(error)}); copy it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def build_model(config: Mapping[str, Any]) -> nn.Module:
+    """A model of an architecture that mlx-lm knows, with MLX's own random initialisation.
+
+    Raises:
+        ModelError: unknown `model_type`, or keys that it needs are missing.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(dict(config))
+        model: nn.Module = model_class(args_class.from_dict(dict(config)))
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        raise ModelError(f"config: mlx_lm cannot build this model ({_first_line(error)})") from error
+    model.eval()
+    return model
+
+
+def save_model(
+    model: LoadedModel | nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a folder that `mlx_lm.load` and `mlx_lm.generate` read. It appears whole or not at all.
+
+    Args:
+        model: a loaded model, or a plain one with `tokenizer` and `config`.
+        folder: must be missing or empty.
+        tokenizer: instead of the loaded model's.
+        config: instead of the loaded model's.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UsageError: the folder is in use.
+    """
+    loaded = model if isinstance(model, LoadedModel) else None
+    module = loaded.model if loaded else model
+    tokenizer = tokenizer if tokenizer is not None or loaded is None else loaded.tokenizer
+    config = config if config is not None or loaded is None else loaded.config
+    if tokenizer is None or config is None:
+        raise TypeError("save_model: a plain model needs tokenizer and config")
+    with new_folder(Path(folder)) as draft:
+        write_model_files(draft, module, tokenizer, config)
+        if loaded and loaded.folder and config.get("model_file"):
+            for path in loaded.folder.glob("*.py"):
+                shutil.copy(path, draft)
+    return Path(folder)
+
+
+def write_model_files(folder: Path, module: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """Writes weights, config and tokenizer into an existing folder."""
+    from mlx_lm.utils import save_config
+    from mlx_lm.utils import save_model as save_weights
+
+    save_weights(folder, module)
+    save_config(dict(config), folder / "config.json")
+    tokenizer.save_pretrained(folder)
+
+
+def model_fingerprint(loaded: LoadedModel) -> str:
+    """SHA-256 that identifies the weights and the architecture, hex.
+
+    Of a model from a folder, over its weight files as they are on disk; of a converted .gguf, of the .gguf
+    file's bytes; of a model made in memory, over its tensors.
+    """
+    if loaded.folder is not None:
+        record = conversion_record(loaded.folder) if (loaded.folder / RECORD).exists() else None
+        return str(record["sha256"]) if record else folder_fingerprint(loaded.folder, loaded.config)
+    tensors: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+    return tensors_fingerprint(
+        ((name, _tensor_bytes(tensors[name])) for name in sorted(tensors)), loaded.config
+    )
+
+
+def _tensor_bytes(tensor: mx.array) -> bytes:
+    header = f"{tensor.dtype} {tensor.shape}".encode()
+    data = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
+    return header + np.ascontiguousarray(np.array(data)).tobytes()
