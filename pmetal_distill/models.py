@@ -45,9 +45,11 @@ __all__ = [
     "load_tokenizer",
     "locate_model",
     "model_fingerprint",
+    "open_model",
     "save_model",
     "tokenizer_fingerprint",
     "wrap_model",
+    "write_model_files",
 ]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -92,7 +94,7 @@ def load_model(path_or_repo: str | Path, *, trust_remote_code: bool = False) -> 
     folder = locate_model(path_or_repo)
     config = _read_config(folder)
     _require_tokenizer_files(folder)
-    model, config = _load_weights(folder, source, trust_remote_code)
+    model, config = open_model(folder, source=source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(
         folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
     )
@@ -170,11 +172,18 @@ def _require_tokenizer_files(folder: Path) -> None:
         )
 
 
-def _load_weights(folder: Path, source: str, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def open_model(
+    folder: Path, *, source: str, lazy: bool = False, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and configuration of an mlx-lm folder, not taken apart; `lazy` leaves the weights unread.
+
+    Raises:
+        ModelError: mlx_lm cannot load it; `source` is what the message calls it.
+    """
     from mlx_lm.utils import load_model as load
 
     try:
-        model, config = load(folder, trust_remote_code=trust_remote_code)
+        model, config = load(folder, lazy=lazy, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"{source}: mlx_lm cannot load it ({_first_line(error)}); see that the folder is whole"
@@ -243,25 +252,35 @@ def save_model(
         UsageError: the folder is in use.
     """
     loaded = model if isinstance(model, LoadedModel) else None
-    module = loaded.model if loaded else model
+    module = model.model if isinstance(model, LoadedModel) else model
     tokenizer = tokenizer if tokenizer is not None or loaded is None else loaded.tokenizer
     config = config if config is not None or loaded is None else loaded.config
     if tokenizer is None or config is None:
         raise TypeError("save_model: a plain model needs tokenizer and config")
     with new_folder(Path(folder)) as draft:
-        write_model_files(draft, module, tokenizer, config)
+        write_model_files(draft, dict(tree_flatten(module.parameters())), tokenizer, config)
         if loaded and loaded.folder and config.get("model_file"):
             for path in loaded.folder.glob("*.py"):
                 shutil.copy(path, draft)
     return Path(folder)
 
 
-def write_model_files(folder: Path, module: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Writes weights, config and tokenizer into an existing folder."""
-    from mlx_lm.utils import save_config
-    from mlx_lm.utils import save_model as save_weights
+def write_model_files(
+    folder: Path, weights: Mapping[str, mx.array], tokenizer: Any, config: Mapping[str, Any]
+) -> None:
+    """Writes weights (in files of at most 5 GB), config and tokenizer into an existing folder."""
+    from mlx_lm.utils import make_shards, save_config
 
-    save_weights(folder, module)
+    shards = make_shards(dict(weights))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for name, shard in zip(names, shards, strict=True):
+        mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    if len(shards) > 1:
+        total_size = sum(tensor.nbytes for tensor in weights.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     save_config(dict(config), folder / "config.json")
     tokenizer.save_pretrained(folder)
 

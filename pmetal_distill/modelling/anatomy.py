@@ -198,7 +198,7 @@ def _attempt(check: Callable[[], bool]) -> bool:
 
 
 def _find_body(model: nn.Module, tokens: mx.array, logits: mx.array) -> tuple[Path | None, mx.array]:
-    holder = _path_to_blocks(model)
+    holder = path_to_blocks(model)
     for end in range(len(holder or ()) - 1, 0, -1):
         body, hidden = (holder or ())[:end], logits
 
@@ -215,7 +215,7 @@ def _find_body(model: nn.Module, tokens: mx.array, logits: mx.array) -> tuple[Pa
     return None, logits
 
 
-def _path_to_blocks(model: nn.Module) -> Path | None:
+def path_to_blocks(model: nn.Module) -> Path | None:
     """Path to the list that holds `model.layers`."""
     wanted = list(model.layers)
     for path, value in _lists(model, ()):
@@ -233,7 +233,7 @@ def _lists(module: nn.Module, prefix: Path) -> Iterator[tuple[Path, list[Any]]]:
 
 
 def _find_blocks(model: nn.Module, body: Path, tokens: mx.array, hidden: mx.array) -> Path | None:
-    path = (_path_to_blocks(model) or ())[len(body) :]
+    path = (path_to_blocks(model) or ())[len(body) :]
     last = len(model.layers) - 1
 
     def taps() -> bool:
