@@ -1,4 +1,4 @@
-"""What `pmetal-pipeline --version -v` tells: the machine's back end and the versions that matter in a bug report."""
+"""What `pmetal-pipeline --version -v` tells: the back end and the versions that a bug report needs."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +18,15 @@ def report() -> str:
     from pmetal_distill import _blas
 
     blas = "not needed" if not _blas.needs_preload() else pmetal_distill.BLAS or "none: " + _blas.HINT
-    facts = {"python": platform.python_version(), "platform": platform.platform(), "device": _device(), "BLAS": blas}
-    return "\n".join([version_line(), aligned([*facts.items(), *((name, _version(name)) for name in LIBRARIES)])])
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device(),
+        "BLAS": blas,
+    }
+    return "\n".join(
+        [version_line(), aligned([*facts.items(), *((name, _version(name)) for name in LIBRARIES)])]
+    )
 
 
 def _device() -> str:

@@ -1,4 +1,4 @@
-"""`pmetal-pipeline`: the commands and what they share. Help costs no import of MLX: a command loads its stage when run."""
+"""`pmetal-pipeline`: the commands and what they share. Help does not import MLX: stages load when run."""
 
 import importlib
 import sys
@@ -43,11 +43,17 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("-v", "--verbose", is_flag=True, is_eager=True, help="With --version: back end, BLAS, libraries.")
-@click.option("--version", is_flag=True, callback=_print_version, expose_value=False, help="Print the version.")
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option(
+    "-v", "--verbose", is_flag=True, is_eager=True, help="With --version: back end, BLAS, libraries."
+)
+@click.option(
+    "--version", is_flag=True, callback=_print_version, expose_value=False, help="Print the version."
+)
 def group(verbose: bool) -> None:
-    """Distil a large language model into a small one, offline: cache what the teacher says once, train from the cache."""
+    """Distil a large language model into a small one: cache what it says once, train from the cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

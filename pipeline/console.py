@@ -1,6 +1,7 @@
-"""What a command says: results on stdout, progress and remarks on stderr. Importing it is cheap; rich comes on use.
+"""What a command says: results on stdout, progress and remarks on stderr. Cheap to import; rich comes on use.
 
-One `Console` is made per command. `--json` turns the result into one JSON object on stdout, `--quiet` silences stderr.
+One `Console` is made per command. `--json` makes the result one JSON object on stdout, `--quiet` silences
+stderr.
 """
 
 import json
@@ -98,7 +99,13 @@ class Console:
 
     def _bar(self, label: str, total: float, unit: str) -> Iterator[Progress]:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as RichProgress
 
         columns = (
@@ -136,7 +143,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = []
     for row in cells:
         first = f"{row[0]:<{widths[0]}}"
-        lines.append("  ".join([first, *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip())
+        lines.append(
+            "  ".join([first, *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        )
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
 

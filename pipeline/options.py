@@ -1,7 +1,7 @@
 """Command-line options made from a settings dataclass, so that names, defaults and help stand in one place.
 
-A field's `metadata["help"]` is the option's help text; its type gives the option's type. An option that is not typed
-is absent from the result, so that the command line beats the configuration file and the file beats the defaults.
+A field's `metadata["help"]` is the option's help text; its type gives the option's type. An option that is
+not typed is absent from the result: the command line beats the configuration file, the file the defaults.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class IntList(click.ParamType):
+class IntList(click.ParamType[Any]):
     """Comma-separated integers, e.g. 6,12,-1."""
 
     name = "int,int,..."
@@ -31,7 +31,7 @@ class IntList(click.ParamType):
 
 
 def settings_options(settings: type, *, positional: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Adds an option for every field of `settings` that has a help text; `positional` fields are left to the caller."""
+    """Adds an option for every field with a help text; `positional` fields are left to the caller."""
 
     def decorate(function: F) -> F:
         hints = typing.get_type_hints(settings)
@@ -49,8 +49,8 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:
     base = _strip_optional(hint)
     if base is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
-    names = [*field.metadata.get("short", ()), flag]
-    return click.option(*names, field.name, type=_click_type(base), default=None, help=help_text)
+    aliases = ["--" + alias.replace("_", "-") for alias in field.metadata.get("aliases", ())]
+    return click.option(flag, *aliases, field.name, type=_click_type(base), default=None, help=help_text)
 
 
 def _strip_optional(hint: Any) -> Any:
