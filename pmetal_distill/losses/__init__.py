@@ -1,0 +1,1 @@
+"""Losses on the teacher's complete distribution: divergences, labels, hidden states, and the chunked head."""
