@@ -132,7 +132,7 @@ def _build(path: Path, metadata: dict[str, Any], tokens: list[str], types: np.nd
     pre = metadata["tokenizer.ggml.pre"]
     merges = _read_merges(path, metadata, vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre in _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
@@ -145,7 +145,7 @@ def _build(path: Path, metadata: dict[str, Any], tokens: list[str], types: np.nd
     return tokenizer
 
 
-def _pre_tokenizer(name: str) -> Any:
+def pre_tokenizer(name: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     if name in _GPT2:
@@ -173,10 +173,14 @@ def _add_bos(path: Path, metadata: dict[str, Any], tokenizer: Any, tokens: list[
     bos = token_id(path, metadata, "bos", num_tokens=len(tokens))
     if bos is None:
         raise ModelError(f"{path}: add_bos_token is set, but no bos_token_id; convert the model again")
-    template = processors.TemplateProcessing(
-        single="$BOS $A", pair="$BOS $A $B", special_tokens=[("$BOS", bos)]
+    name = tokens[bos]
+    if name.startswith("$") or ":" in name:  # has a meaning in templates
+        raise ModelError(
+            f"{path}: add_bos_token with token {name!r}; use the original model's folder instead"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[name, "$A"], pair=[name, "$A", "$B"], special_tokens=[(name, bos)]
     )
-    tokenizer.post_processor = template
 
 
 def _config(
