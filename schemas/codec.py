@@ -195,16 +195,22 @@ def _check_input(targets: TargetArrays, rows: TokenRows, codec: Codec) -> None:
         bad = ~np.isfinite(array).all(axis=1) & rows.loss_mask
         if bad.any():
             row = int(bad.argmax())
-            raise NonFiniteError(f"encode row {row}: {name} must be finite, found {array[row][:8]}")
+            raise NonFiniteError(f"{_place(rows, row)}: {name} must be finite, found {array[row][:8]}")
     falling = (np.diff(targets.head_logprobs, axis=1) <= 0).all(axis=1) | ~rows.loss_mask
     if not falling.all():
         row = int(falling.argmin())
         found = targets.head_logprobs[row][:8]
-        raise IncompatibleError(f"encode row {row}: head_logprobs must not rise, found {found}")
+        raise IncompatibleError(f"{_place(rows, row)}: head_logprobs must not rise, found {found}")
     for name, ids in (("token_ids", rows.token_ids), ("head_ids", targets.head_ids[rows.loss_mask])):
         if ids.size and not (ids.min() >= 0 and ids.max() < spec.vocab_size):
             found = f"{ids.min()}..{ids.max()}"
             raise IncompatibleError(f"encode: {name} must be below V={spec.vocab_size}, found {found}")
+
+
+def _place(rows: TokenRows, row: int) -> str:
+    sequence = rows.sequences[row]
+    token = int((rows.sequences[:row] == sequence).sum())
+    return f"encode row {row} (sequence {sequence}, token {token})"
 
 
 def _trained(values: npt.NDArray[np.float32], mask: Bool) -> Float32:

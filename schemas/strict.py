@@ -124,6 +124,10 @@ class Fields:
             self._at(key, f"a list of at most {max_length} items", value)
         return list(value)
 
+    def names(self) -> list[str]:
+        """Names of an object whose keys are free."""
+        return list(self._raw)
+
     def strings(self) -> dict[str, str]:
         """The whole object, which must map strings to strings."""
         self._seen.update(self._raw)

@@ -1,0 +1,150 @@
+"""The small files of a cache folder: dataset, commit records, sidecars. Trusts records, not listings."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmetal_distill.offline.commit import check_folder, read_plain
+from schemas.basis import SketchBasis
+from schemas.codebook import Codebook
+from schemas.errors import CorruptionError, UsageError
+from schemas.hidden import HiddenBasis
+from schemas.manifest import (
+    MAX_DATASET_BYTES,
+    MAX_RECORD_BYTES,
+    CommitRecord,
+    Dataset,
+    FileRef,
+    checksum_of,
+)
+from schemas.sidecar import MAX_SIDECAR_BYTES
+
+DATASET = "dataset.json"
+FOLDERS = ("shards", "commits", "bases", "tokenizer")
+_RECORD_NAME = re.compile(r"(\d{5,8})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A cache folder with a dataset in it.
+
+    Attributes:
+        root: the folder.
+        dataset: its description.
+        checksum: the checksum of `dataset.json`.
+    """
+
+    root: Path
+    dataset: Dataset
+    checksum: str
+
+    @staticmethod
+    def open(root: Path) -> "Store":
+        """Read `dataset.json`.
+
+        Raises:
+            UsageError: no such folder, or not a cache.
+            CorruptionError, VersionError: damaged or of a newer version.
+        """
+        path = root / DATASET
+        if not path.exists() and not path.is_symlink():
+            raise UsageError(f"{root}: must be a cache folder, found no {DATASET}; check the path")
+        data = read_plain(path, max_bytes=MAX_DATASET_BYTES)
+        dataset = Dataset.from_bytes(data, where=DATASET)
+        for name in FOLDERS[:3]:
+            check_folder(root / name)
+        return Store(root, dataset, checksum_of(data))
+
+    def record_path(self, shard: int) -> Path:
+        """Where the commit record of a shard lies."""
+        return self.root / "commits" / f"{shard:05d}.json"
+
+    def committed(self) -> list[int]:
+        """Shards that have a commit record, ascending."""
+        found = (_RECORD_NAME.fullmatch(p.name) for p in (self.root / "commits").iterdir())
+        numbers = sorted(int(m.group(1)) for m in found if m)
+        return [n for n in numbers if n < self.dataset.num_shards and self.record_path(n).exists()]
+
+    def record(self, shard: int) -> CommitRecord:
+        """The commit record of a shard.
+
+        Raises:
+            CorruptionError: missing, damaged, of another shard or of another cache.
+        """
+        where = f"commits/{shard:05d}.json"
+        data = read_plain(self.record_path(shard), max_bytes=MAX_RECORD_BYTES)
+        record = CommitRecord.from_bytes(data, self.dataset, where=where)
+        if record.shard != shard or record.dataset_checksum != self.checksum:
+            found = f"shard {record.shard} of dataset {record.dataset_checksum[:16]}"
+            must = f"must be shard {shard} of this dataset ({self.checksum[:16]})"
+            raise CorruptionError(f"{where}: {must}, found {found}; run 'pmetal-pipeline repair'")
+        return record
+
+    def manifest_root(self, records: list[CommitRecord]) -> str:
+        """SHA-256 over the dataset and the given records: names exactly this content."""
+        digest = hashlib.sha256(self.checksum.encode())
+        for record in records:
+            digest.update(hashlib.sha256(record.to_bytes()).digest())
+        return digest.hexdigest()
+
+    def sidecar(self, ref: FileRef) -> bytes:
+        """The bytes of a sidecar, checked against size and hash.
+
+        Raises:
+            CorruptionError: missing or other bytes than the record names.
+        """
+        return self.checked("bases", ref)
+
+    def basis(self, ref: FileRef) -> SketchBasis:
+        """A sketch basis of this cache.
+
+        Raises:
+            CorruptionError: missing, damaged, or of another vocabulary.
+        """
+        basis = SketchBasis.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
+        if basis.vocab_size != self.dataset.target.vocab_size:
+            must = f"must have V={self.dataset.target.vocab_size}"
+            raise CorruptionError(f"bases/{ref.name}: {must}, found V={basis.vocab_size}")
+        return basis
+
+    def codebook(self, ref: FileRef) -> Codebook:
+        """A codebook of this cache.
+
+        Raises:
+            CorruptionError: missing, damaged, or of another layout.
+        """
+        codebook = Codebook.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
+        if not codebook.fits(self.dataset.target):
+            raise CorruptionError(f"bases/{ref.name}: must have the vocabulary and nodes of the dataset")
+        return codebook
+
+    def hidden_basis(self, ref: FileRef) -> HiddenBasis:
+        """A hidden-state basis of this cache.
+
+        Raises:
+            CorruptionError: missing, damaged, or of another layout.
+        """
+        basis = HiddenBasis.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
+        if self.dataset.hidden is None or not basis.fits(self.dataset.hidden):
+            raise CorruptionError(f"bases/{ref.name}: must have the layers, width and rank of the dataset")
+        return basis
+
+    def checked(self, folder: str, ref: FileRef) -> bytes:
+        """The bytes of a small file in `folder`, checked against size and hash.
+
+        Raises:
+            CorruptionError: missing or other bytes than its reference names.
+        """
+        where = f"{folder}/{ref.name}"
+        if ref.num_bytes > MAX_SIDECAR_BYTES:
+            raise CorruptionError(
+                f"{where}: must be at most {MAX_SIDECAR_BYTES} bytes, found {ref.num_bytes}"
+            )
+        check_folder(self.root / folder)
+        data = read_plain(self.root / folder / ref.name, max_bytes=ref.num_bytes)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != ref.sha256:
+            must = f"must have SHA-256 {ref.sha256[:16]}"
+            raise CorruptionError(f"{where}: {must}, found {digest[:16]}; restore it from its source")
+        return data
