@@ -1,0 +1,99 @@
+"""Capture: the head, the log-sum-exp and the tail curve of teacher logits in about one read of [tokens, V].
+
+With plain operations it costs a sort of [tokens, V] and a pass a node.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from pmetal_distill.kernels import dispatch, plain, tuning
+from pmetal_distill.kernels.row import usable
+
+MAX_K, MAX_NODES, LISTED = 256, 8, 2048
+GRIDS = (1, 2, 4, 8, 16, 32, 64)
+SIGNIFICANT_BIT = {
+    mx.float32: 0,
+    mx.float16: 13,
+    mx.bfloat16: 16,
+}  # lowest bit of a score's float32 key that varies
+FLOOR_BIT = 12
+
+
+class Captured(NamedTuple):
+    """What `capture` returns.
+
+    Attributes:
+        ids: int32 [n, k], columns of the k largest logits in descending order, ties by lower id.
+        scores: float32 [n, k], their logits.
+        lse: float32 [n], ln sum exp of the row.
+        curve: float32 [n, m], ln sum over the tail of exp(b (z_j - z_ref)) at each node b, z_ref the smallest
+            head logit. Where the sum underflows float32, its largest term.
+    """
+
+    ids: mx.array
+    scores: mx.array
+    lse: mx.array
+    curve: mx.array
+
+
+def capture(logits: mx.array, *, k: int, nodes: Sequence[float] = ()) -> Captured:
+    """Top k, log-sum-exp and tail sums of logits [n, V]. Not differentiable.
+
+    Args:
+        logits: float32, float16 or bfloat16.
+        k: entries of the head, 1 to V.
+        nodes: values of b = 1/T. Multiples of 1/64 up to 1 cost one exponential an element for all of them.
+    """
+    wanted = tuple(nodes)
+    whole = wanted if 1.0 in wanted else (*wanted, 1.0)
+    if usable(logits, k) and k <= MAX_K and len(whole) <= MAX_NODES:
+        ids, scores, lse, curve = _launch(logits, k, whole)
+        return Captured(ids, scores, lse, curve[:, : len(wanted)])
+    return _plain(logits, k, wanted)
+
+
+def grid_of(nodes: Sequence[float]) -> tuple[int, tuple[int, ...]]:
+    """The smallest grid g with every node a multiple of 1/g up to 1, and the multiples; (0, ()) if none."""
+    for grid in GRIDS:
+        powers = tuple(round(b * grid) for b in nodes)
+        if all(0 < p <= grid and p / grid == b for p, b in zip(powers, nodes, strict=True)):
+            return grid, powers
+    return 0, ()
+
+
+def _shape(logits: mx.array, k: int) -> tuple[tuning.Shape, int]:
+    given = dispatch.platform()
+    length, width = logits.shape[-1], tuning.vector_width(logits.dtype)
+    shape = tuning.shape_for("capture", given.name if given else "", length=length, width=width)
+    sparse = 8 if k <= 64 else 4 if k <= 128 else 2
+    return shape, max(1, min(sparse, length // (2 * width * shape.threads)))
+
+
+def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array]:
+    n, length = logits.shape
+    grid, powers = grid_of(nodes)
+    shape, sample = _shape(logits, k)
+    values: dict[str, Any] = {"T": logits.dtype, "V": length, "K": k, "W": tuning.vector_width(logits.dtype)}
+    values |= {"U": shape.unroll, "HINT": shape.hint, "TG": shape.threads, "SAMPLE": sample, "CAP": LISTED}
+    values |= {"FLOOR_BIT": FLOOR_BIT, "KEY_BIT": SIGNIFICANT_BIT[logits.dtype]}
+    values |= {"NODES": len(nodes), "ONE": nodes.index(1.0), "GRID": grid}
+    values |= {f"P{i}": powers[i] if i < len(powers) else 0 for i in range(MAX_NODES)}
+    outputs: dispatch.Outputs = {"ids": ((n, k), mx.int32), "scores": ((n, k), mx.float32)}
+    outputs |= {"lse": ((n,), mx.float32), "curve": ((n, len(nodes)), mx.float32)}
+    rates = mx.array((*nodes, *[0.0] * (MAX_NODES - len(nodes))), mx.float32)
+    inputs = {"z": logits, "rates": rates}
+    return dispatch.launch(
+        "capture", inputs, outputs, template=list(values.items()), groups=n, threads=shape.threads
+    )
+
+
+def _plain(logits: mx.array, k: int, nodes: tuple[float, ...]) -> Captured:
+    z = logits.astype(mx.float32)
+    ids = mx.argsort(-z, axis=-1)[:, :k].astype(mx.int32)
+    scores = mx.take_along_axis(z, ids, axis=-1)
+    tail = plain.without_head(z, ids) - scores[:, -1:]
+    rows = [plain.logsumexp(b * tail) for b in nodes]
+    curve = mx.stack(rows, axis=-1) if rows else mx.zeros((len(z), 0))
+    return Captured(ids, scores, mx.logsumexp(z, axis=-1), curve)

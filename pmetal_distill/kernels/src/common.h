@@ -1,0 +1,191 @@
+// Helpers of all bodies, the same for every back end. Scores enter as float; sums are float32.
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define LOWEST -1.0e30f  // stands for minus infinity: finite, so fast mathematics may not assume it away
+#define BOTTOM -3.4028234e38f
+#define BOTTOM_KEY 0x00800000u  // ordered_key(BOTTOM)
+
+// u to the power P, P a small whole number.
+template <int P>
+FN float whole_power(float u) {
+    float result = 1.0f, square = u;
+#pragma unroll
+    for (int e = P; e > 0; e >>= 1) {
+        if (e & 1) result *= square;
+        square *= square;
+    }
+    return result;
+}
+
+// exp(d) next to u = exp(d / T): a power of u where T is the whole number POWER, an exponential of its own where POWER is 0.
+template <int POWER>
+FN float exp_hard(float d, float u) {
+    return POWER > 0 ? whole_power<POWER>(u) : exp2_fast(d * LOG2E);
+}
+
+// Sums of exp(x - top) and exp((x - top) / T). `top` follows the largest score only when that leads by `slack`: terms
+// stay far from overflow and the sums are rescaled a few times a row instead of at each step.
+struct Sums {
+    float top, hard, soft;
+};
+
+FN Sums no_sums() {
+    Sums s;
+    s.top = LOWEST;
+    s.hard = 0.0f;
+    s.soft = 0.0f;
+    return s;
+}
+
+FN float slack_for(float inverse) { return 16.0f / larger(1.0f, inverse); }
+
+FN float raise_top(THREAD Sums& s, float top, float rate) {
+    float d = s.top - top;
+    float scale = exp2_fast(d * rate);
+    s.hard *= exp2_fast(d * LOG2E);
+    s.soft *= scale;
+    s.top = top;
+    return scale;
+}
+
+template <int N>
+FN float largest_of(const THREAD float* x) {
+    float m = x[0];
+#pragma unroll
+    for (int j = 1; j < N; j++) m = larger(m, x[j]);
+    return m;
+}
+
+template <int N, int POWER, bool HARD>
+FN void add_scores(THREAD Sums& s, const THREAD float* x, float rate, float slack) {
+    float m = largest_of<N>(x);
+    if (m > s.top + slack) raise_top(s, m, rate);
+    float hard = 0.0f, soft = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float d = x[j] - s.top;
+        float u = exp2_fast(d * rate);
+        soft += u;
+        if (HARD) hard += exp_hard<POWER>(d, u);
+    }
+    s.soft += soft;
+    if (HARD) s.hard += hard;
+}
+
+// Scores of a student's row (x) and a teacher's row (y) under the teacher's and the student's weights.
+struct PairSums {
+    Sums student;
+    float top, soft;  // of the teacher, at the temperature
+    float mean;       // sum of exp((y - top) / T) y
+    float forward;    // sum of exp((y - top) / T) (y - x)
+    float reverse;    // sum of exp((x - student.top) / T) (x - y)
+};
+
+FN PairSums no_pair_sums() {
+    PairSums s;
+    s.student = no_sums();
+    s.top = LOWEST;
+    s.soft = 0.0f;
+    s.mean = 0.0f;
+    s.forward = 0.0f;
+    s.reverse = 0.0f;
+    return s;
+}
+
+FN void raise_pair(THREAD PairSums& s, float student_top, float teacher_top, float rate) {
+    s.reverse *= raise_top(s.student, student_top, rate);
+    float scale = exp2_fast((s.top - teacher_top) * rate);
+    s.soft *= scale;
+    s.mean *= scale;
+    s.forward *= scale;
+    s.top = teacher_top;
+}
+
+template <int N, int POWER, bool HARD, bool REVERSE>
+FN void add_pair(THREAD PairSums& s, const THREAD float* x, const THREAD float* y, float rate, float slack) {
+    float mx = largest_of<N>(x), my = largest_of<N>(y);
+    if (mx > s.student.top + slack || my > s.top + slack)
+        raise_pair(s, larger(mx, s.student.top), larger(my, s.top), rate);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float d = x[j] - s.student.top;
+        float u = exp2_fast(d * rate), w = exp2_fast((y[j] - s.top) * rate);
+        float gap = y[j] - x[j];
+        s.student.soft += u;
+        if (HARD) s.student.hard += exp_hard<POWER>(d, u);
+        s.soft += w;
+        s.mean += w * y[j];
+        s.forward += w * gap;
+        if (REVERSE) s.reverse -= u * gap;
+    }
+}
+
+// One token of a divergence between p and q, given their base-2 logarithms: its value and its derivative in ln q.
+struct Term {
+    float value, slope;
+};
+
+// wp p ln(p / m) + wq q ln(q / m), m = share p + (1 - share) q. Written around the larger of p and q, so that nothing
+// overflows and p = q gives exactly 0.
+FN Term mixture_term(float lp, float lq, float wp, float wq, float share) {
+    float high = larger(lp, lq);
+    float ep = exp2_fast(lp - high), eq = exp2_fast(lq - high);
+    float m = share * ep + (1.0f - share) * eq;
+    float lm = log2_fast(m), scale = exp2_fast(high);
+    float p = scale * ep, q = scale * eq, ratio = eq / m;
+    float to_p = (lp - high - lm) * LN2, to_q = (lq - high - lm) * LN2;
+    Term term;
+    term.value = wp * p * to_p + wq * q * to_q;
+    term.slope = wq * q * (to_q + 1.0f - (1.0f - share) * ratio) - wp * (1.0f - share) * p * ratio;
+    return term;
+}
+
+// |p - q| / 2.
+FN Term variation_term(float lp, float lq) {
+    float p = exp2_fast(lp), q = exp2_fast(lq);
+    Term term;
+    term.value = 0.5f * metal::fabs(p - q);
+    term.slope = q > p ? 0.5f * q : (q < p ? -0.5f * q : 0.0f);
+    return term;
+}
+
+// Unsigned numbers that sort as the floats do; minus zero and zero are one.
+FN uint ordered_key(float x) {
+    uint b = float_bits(x);
+    if (b == 0x80000000u) b = 0u;
+    return (b & 0x80000000u) != 0u ? ~b : b | 0x80000000u;
+}
+FN float key_value(uint key) {
+    return bits_float((key & 0x80000000u) != 0u ? key & 0x7fffffffu : ~key);
+}
+
+// The node b of index n: a fraction power / GRID known to the compiler, or a number of `rates` where GRID is 0.
+template <int GRID, int P0, int P1, int P2, int P3, int P4, int P5, int P6, int P7>
+FN float node_of(int n, const DEVICE float* rates) {
+    if (GRID == 0) return rates[n];
+    int power = n == 0 ? P0 : n == 1 ? P1 : n == 2 ? P2 : n == 3 ? P3 : n == 4 ? P4 : n == 5 ? P5 : n == 6 ? P6 : P7;
+    return float(power) / float(GRID > 0 ? GRID : 1);
+}
+
+// sums[n] += exp(b_n (x - base)) for every x. With nodes on a grid one exponential gives all of them.
+template <int N, int NODES, int GRID, int P0, int P1, int P2, int P3, int P4, int P5, int P6, int P7>
+FN void add_nodes(THREAD float* sums, const THREAD float* x, float base, const DEVICE float* rates) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float d = (x[j] - base) * LOG2E;
+        if (GRID == 0) {
+#pragma unroll
+            for (int n = 0; n < NODES; n++) sums[n] += exp2_fast(d * rates[n]);
+        } else {
+            float u = exp2_fast(d * (1.0f / float(GRID > 0 ? GRID : 1)));
+            if (NODES > 0) sums[0] += whole_power<P0>(u);
+            if (NODES > 1) sums[1] += whole_power<P1>(u);
+            if (NODES > 2) sums[2] += whole_power<P2>(u);
+            if (NODES > 3) sums[3] += whole_power<P3>(u);
+            if (NODES > 4) sums[4] += whole_power<P4>(u);
+            if (NODES > 5) sums[5] += whole_power<P5>(u);
+            if (NODES > 6) sums[6] += whole_power<P6>(u);
+            if (NODES > 7) sums[7] += whole_power<P7>(u);
+        }
+    }
+}

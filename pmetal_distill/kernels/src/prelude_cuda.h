@@ -1,0 +1,158 @@
+// CUDA's side of the prelude: Metal's words for NVRTC, and 16-byte loads and stores.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned int uint;
+#define DEVICE
+#define THREAD
+#define FN __device__ __forceinline__
+#define SHARED(TYPE, NAME, COUNT) __shared__ TYPE NAME[COUNT]
+#define SHARED_ATOMIC(NAME, COUNT) __shared__ uint NAME[COUNT]
+
+#define threadgroup_position_in_grid blockIdx
+#define threads_per_threadgroup blockDim
+#define thread_index_in_threadgroup threadIdx.x
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+
+struct mem_flags {
+    enum kind { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_both = 3 };
+};
+FN void threadgroup_barrier(mem_flags::kind) { __syncthreads(); }
+
+FN uint shared_add(uint& cell, uint value) { return atomicAdd(&cell, value); }
+FN uint shared_or(uint& cell, uint value) { return atomicOr(&cell, value); }
+FN uint shared_load(uint& cell) { return cell; }
+FN void shared_store(uint& cell, uint value) { cell = value; }
+
+FN float simd_sum(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+FN float simd_max(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+#if __CUDA_ARCH__ >= 800
+FN uint simd_sum(uint x) { return __reduce_add_sync(0xffffffffu, x); }
+FN uint simd_max(uint x) { return __reduce_max_sync(0xffffffffu, x); }
+#else
+FN uint simd_sum(uint x) {
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+FN uint simd_max(uint x) {
+    for (int d = 16; d > 0; d >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+#endif
+
+namespace metal {
+FN float log(float x) { return logf(x); }
+FN float log2(float x) { return log2f(x); }
+FN float fabs(float x) { return fabsf(x); }
+FN int min(int a, int b) { return a < b ? a : b; }
+}  // namespace metal
+
+FN uint float_bits(float x) { return __float_as_uint(x); }
+FN float bits_float(uint x) { return __uint_as_float(x); }
+FN float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FN float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FN float larger(float a, float b) { return fmaxf(a, b); }
+
+// Elements before the first one where a vector of W may be read.
+template <int W, typename T>
+FN int lead_in(const T* row, int length) {
+    constexpr uint bytes = W * sizeof(T);
+    uint over = uint(reinterpret_cast<unsigned long long>(row)) & (bytes - 1);
+    int lead = over == 0 ? 0 : int((bytes - over) / sizeof(T));
+    return lead < length ? lead : length;
+}
+
+// HINT 0: default caching. 1: read or written once, evict first.
+template <int HINT>
+FN uint4 load_words(const uint4* from) { return HINT == 1 ? __ldcs(from) : __ldg(from); }
+template <int HINT>
+FN uint2 load_words(const uint2* from) { return HINT == 1 ? __ldcs(from) : __ldg(from); }
+template <int HINT, typename Words>
+FN void store_words(Words* to, Words w) {
+    if (HINT == 1) __stcs(to, w); else *to = w;
+}
+
+FN void unpack(uint w, THREAD float* x, __nv_bfloat16) {
+    x[0] = __uint_as_float(w << 16);
+    x[1] = __uint_as_float(w & 0xffff0000u);
+}
+FN void unpack(uint w, THREAD float* x, __half) {
+    float2 pair = __half22float2(*reinterpret_cast<__half2*>(&w));
+    x[0] = pair.x;
+    x[1] = pair.y;
+}
+FN uint pack(const THREAD float* x, __nv_bfloat16) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+    return *reinterpret_cast<uint*>(&pair);
+}
+FN uint pack(const THREAD float* x, __half) {
+    __half2 pair = __floats2half2_rn(x[0], x[1]);
+    return *reinterpret_cast<uint*>(&pair);
+}
+
+template <int W, int HINT>
+FN void load_vector(const float* from, THREAD float* x) {
+#pragma unroll
+    for (int j = 0; j < W; j += 4) {
+        uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from + j));
+        x[j] = __uint_as_float(w.x);
+        x[j + 1] = __uint_as_float(w.y);
+        x[j + 2] = __uint_as_float(w.z);
+        x[j + 3] = __uint_as_float(w.w);
+    }
+}
+template <int W, int HINT, typename T>
+FN void load_vector(const T* from, THREAD float* x) {
+    if (W == 4) {
+        uint2 w = load_words<HINT>(reinterpret_cast<const uint2*>(from));
+        unpack(w.x, x, T());
+        unpack(w.y, x + 2, T());
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j + 8 <= W; j += 8) {
+        uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from + j));
+        unpack(w.x, x + j, T());
+        unpack(w.y, x + j + 2, T());
+        unpack(w.z, x + j + 4, T());
+        unpack(w.w, x + j + 6, T());
+    }
+}
+template <int W, int HINT>
+FN void store_vector(float* to, const THREAD float* x) {
+#pragma unroll
+    for (int j = 0; j < W; j += 4) {
+        uint4 w = make_uint4(__float_as_uint(x[j]), __float_as_uint(x[j + 1]), __float_as_uint(x[j + 2]),
+                             __float_as_uint(x[j + 3]));
+        store_words<HINT>(reinterpret_cast<uint4*>(to + j), w);
+    }
+}
+template <int W, int HINT, typename T>
+FN void store_vector(T* to, const THREAD float* x) {
+    if (W == 4) {
+        store_words<HINT>(reinterpret_cast<uint2*>(to), make_uint2(pack(x, T()), pack(x + 2, T())));
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j + 8 <= W; j += 8) {
+        uint4 w = make_uint4(pack(x + j, T()), pack(x + j + 2, T()), pack(x + j + 4, T()), pack(x + j + 6, T()));
+        store_words<HINT>(reinterpret_cast<uint4*>(to + j), w);
+    }
+}

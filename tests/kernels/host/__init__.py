@@ -1,0 +1,1 @@
+"""Host emulation of Metal threadgroups: runs kernel bodies with the host's C++ compiler."""
