@@ -1,0 +1,201 @@
+"""Decoded row groups of a cache, from files whose hash was checked before their first use.
+
+Memory: one decoded row group a call, and the footers of the few files kept open. A file is hashed once per
+content (inode, size, modification time) and process; every page's CRC is checked on every read.
+"""
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pmetal_distill.offline.commit import check_folder, hash_stream, open_plain
+from pmetal_distill.offline.store import Store
+from schemas.arrays import TargetArrays, TokenRows
+from schemas.codec import Codec, decode
+from schemas.errors import CacheError, CorruptionError
+from schemas.hidden import HiddenCodec, Layers, decode_hidden
+from schemas.manifest import CommitRecord, FileRef
+
+MAX_OPEN_FILES = 32
+_SLACK_BYTES = 1 << 16
+_THRIFT_LIMIT = 1 << 24
+OpenFiles = OrderedDict[str, tuple[BinaryIO, pq.ParquetFile]]
+
+_DAMAGE = (OSError, pa.ArrowException, ValueError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """What is needed to decode one shard."""
+
+    record: CommitRecord
+    first_sequence: int
+    codec: Codec
+    hidden: HiddenCodec | None
+
+    def sequence_numbers(self, group: int) -> range:
+        """Sequences of a row group."""
+        start = self.first_sequence + sum(len(g) for g in self.record.groups[:group])
+        return range(start, start + len(self.record.groups[group]))
+
+
+class ShardReader:
+    """Reads row groups; one per thread. `checked` is shared, so that a file is hashed once."""
+
+    def __init__(self, store: Store, *, checked: set[object], verify: bool) -> None:
+        self._store = store
+        self._checked = checked
+        self._verify = verify
+        self._open: OpenFiles = OrderedDict()
+        weakref.finalize(self, _close_all, self._open)
+
+    def targets(
+        self, shard: Shard, group: int, *, k: int | None = None, rank: int | None = None
+    ) -> tuple[TokenRows, TargetArrays]:
+        """The tokens of one row group.
+
+        Raises:
+            CorruptionError: the file is not the one that was committed, or a page is damaged.
+        """
+        ref = shard.record.targets
+        lengths = shard.record.groups[group]
+        table = self._table(ref, shard, group, shard.codec.schema, shard.codec.columns(rank=rank))
+        where = f"shards/{ref.name} row group {group}"
+        try:
+            rows, targets = decode(table, shard.codec, k=k, rank=rank)
+        except CorruptionError as error:
+            raise CorruptionError(f"{where}: {error}; run 'pmetal-pipeline repair'") from error
+        expected = np.repeat(np.array(shard.sequence_numbers(group), np.int32), lengths)
+        if not np.array_equal(rows.sequences, expected):
+            raise CorruptionError(
+                f"{where}: sequence numbers must be those of its commit record, found others"
+            )
+        return rows, targets
+
+    def hidden(self, shard: Shard, group: int, layers: tuple[int, ...]) -> Layers:
+        """Hidden states of one row group, float32 [n, d] by layer.
+
+        Raises:
+            CorruptionError: as `targets`.
+            IncompatibleError: a layer that is not stored.
+        """
+        ref, codec = shard.record.hidden, shard.hidden
+        if ref is None or codec is None:
+            raise CacheError(f"shard {shard.record.shard}: has no hidden states")
+        table = self._table(ref, shard, group, codec.schema, codec.columns(layers))
+        try:
+            return decode_hidden(table, codec, layers)
+        except CorruptionError as error:
+            raise CorruptionError(f"shards/{ref.name} row group {group}: {error}") from error
+
+    def metadata(self, ref: FileRef) -> pq.FileMetaData:
+        """The footer of a file, after its hash was checked."""
+        return self._file(ref).metadata
+
+    def close(self) -> None:
+        """Close all files."""
+        _close_all(self._open)
+
+    def _table(
+        self, ref: FileRef, shard: Shard, group: int, schema: pa.Schema, columns: Sequence[str]
+    ) -> pa.Table:
+        file = self._file(ref)
+        where = f"shards/{ref.name}"
+        check_footer(file, schema, shard.record.groups, where=where)
+        try:
+            return file.read_row_group(group, columns=list(columns), use_threads=False)
+        except _DAMAGE as error:
+            raise CorruptionError(f"{where} row group {group}: must be readable, found {error}") from error
+
+    def _file(self, ref: FileRef) -> pq.ParquetFile:
+        if ref.name in self._open:
+            self._open.move_to_end(ref.name)
+            return self._open[ref.name][1]
+        check_folder(self._store.root / "shards")
+        handle = open_plain(self._store.root / "shards" / ref.name)
+        try:
+            self._check_bytes(handle, ref)
+            file = open_parquet(handle, where=f"shards/{ref.name}")
+        except BaseException:
+            handle.close()
+            raise
+        self._open[ref.name] = (handle, file)
+        if len(self._open) > MAX_OPEN_FILES:
+            self._open.popitem(last=False)[1][0].close()
+        return file
+
+    def _check_bytes(self, handle: BinaryIO, ref: FileRef) -> None:
+        status = file_identity(handle)
+        where, advice = f"shards/{ref.name}", "run 'pmetal-pipeline repair', then 'cache --resume'"
+        if status[2] != ref.num_bytes:
+            raise CorruptionError(f"{where}: must have {ref.num_bytes} bytes, found {status[2]}; {advice}")
+        if not self._verify or (ref, status) in self._checked:
+            return
+        digest = hash_stream(handle)
+        if digest != ref.sha256:
+            must = f"must have SHA-256 {ref.sha256[:16]}"
+            raise CorruptionError(f"{where}: {must}, found {digest[:16]}; {advice}")
+        self._checked.add((ref, status))
+
+
+def _close_all(files: OpenFiles) -> None:
+    while files:
+        files.popitem()[1][0].close()
+
+
+def file_identity(handle: BinaryIO) -> tuple[int, int, int, int]:
+    """Device, inode, size and modification time of an open file."""
+    status = os.fstat(handle.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def open_parquet(handle: BinaryIO, *, where: str) -> pq.ParquetFile:
+    """A Parquet file with page CRCs checked and its footer's sizes limited.
+
+    Raises:
+        CorruptionError: not Parquet.
+    """
+    try:
+        return pq.ParquetFile(
+            handle,
+            memory_map=False,
+            pre_buffer=False,
+            page_checksum_verification=True,
+            thrift_string_size_limit=_THRIFT_LIMIT,
+            thrift_container_size_limit=_THRIFT_LIMIT,
+        )
+    except _DAMAGE as error:
+        raise CorruptionError(f"{where}: must be a Parquet file, found {error}") from error
+
+
+def check_footer(
+    file: pq.ParquetFile, schema: pa.Schema, groups: Sequence[Sequence[int]], *, where: str
+) -> None:
+    """Whether the footer promises the rows, columns and sizes that the commit record promises.
+
+    Raises:
+        CorruptionError: it does not; nothing was allocated for its pages yet.
+    """
+    meta = file.metadata
+    sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+    if sizes != [sum(g) for g in groups]:
+        must = f"row groups must have {[sum(g) for g in groups][:4]}... rows"
+        raise CorruptionError(f"{where}: {must}, found {sizes[:4]}...")
+    if not file.schema_arrow.remove_metadata().equals(schema):
+        raise CorruptionError(
+            f"{where}: columns must be {schema.names}, found {file.schema_arrow.names[:40]}"
+        )
+    for i, num_rows in enumerate(sizes):
+        for j, kind in enumerate(schema.types):
+            width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 8
+            claimed = meta.row_group(i).column(j).total_uncompressed_size
+            if not 0 <= claimed <= num_rows * width + _SLACK_BYTES:
+                must = f"row group {i} column {schema.names[j]} must unpack to {num_rows * width} bytes"
+                raise CorruptionError(f"{where}: {must}, found {claimed}")
