@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import PackedDataset
-
-IGNORE_INDEX = -100
-_PADDING_DOCUMENT = -1
+from pmetal_distill.offline.batch import PADDING_DOCUMENT, next_token_labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +19,7 @@ class TokenBatch:
         lengths: tokens in each.
         token_ids: int32 [B, L], zero behind a sequence's end.
         documents: int32 [B, L], document of each token, -1 behind the end.
-        loss_mask: bool [B, L], where a next token exists and is trained.
+        loss_mask: bool [B, L], where the prediction of the next token is trained.
         labels: int32 [B, L], the next token of the same document in the same sequence, else -100.
     """
 
@@ -47,22 +45,12 @@ def collate(dataset: PackedDataset, numbers: Sequence[int]) -> TokenBatch:
     lengths = [len(row.token_ids) for row in rows]
     shape = (len(rows), max(lengths))
     token_ids = np.zeros(shape, np.int32)
-    documents = np.full(shape, _PADDING_DOCUMENT, np.int32)
+    documents = np.full(shape, PADDING_DOCUMENT, np.int32)
     loss_mask = np.zeros(shape, np.bool_)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         token_ids[index, :length] = row.token_ids
         documents[index, :length] = row.documents
         loss_mask[index, :length] = row.loss_mask
     return TokenBatch(
-        numbers, lengths, token_ids, documents, loss_mask, next_tokens(token_ids, documents, loss_mask)
+        numbers, lengths, token_ids, documents, loss_mask, next_token_labels(token_ids, documents)
     )
-
-
-def next_tokens(
-    token_ids: NDArray[np.int32], documents: NDArray[np.int32], loss_mask: NDArray[np.bool_]
-) -> NDArray[np.int32]:
-    """Labels [B, L]: the token to the right, -100 where it is another document's or not trained."""
-    labels = np.full(token_ids.shape, IGNORE_INDEX, np.int32)
-    follows = (documents[:, 1:] == documents[:, :-1]) & loss_mask[:, :-1]
-    labels[:, :-1] = np.where(follows, token_ids[:, 1:], IGNORE_INDEX)
-    return labels

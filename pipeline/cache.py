@@ -1,0 +1,184 @@
+"""Stage one: runs the teacher once and writes what it says about every token. Costs its forward pass.
+
+The teacher's body runs on batches of sequences, its head on chunks of rows, so [tokens, vocabulary] never
+exists at once. Shard after shard is committed; an interrupted run goes on with --resume, and several
+processes may write one cache.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.console import Console
+from pipeline.data import FieldNames, PackedDataset
+from pipeline.settings import CacheSettings
+from pipeline.stage_one import StageOne
+from pipeline.text import packed_text
+from schemas.errors import UsageError
+from schemas.hidden_spec import HiddenSpec
+from schemas.manifest import Dataset
+from schemas.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from pmetal_distill.models import LoadedModel
+
+ROWS_PER_GROUP = 4096
+
+
+def run_cache(settings: CacheSettings, console: Console) -> dict[str, Any]:
+    """Makes or completes a cache.
+
+    Returns:
+        tokens, bytes and speed of what this call wrote, and of the whole cache.
+
+    Raises:
+        UsageError: the output folder is in use, or the settings do not fit the teacher.
+        FingerprintError: `--resume` into a cache of other inputs.
+        DataError, ModelError, NonFiniteError, CacheError: as their names say; what was committed stays.
+    """
+    from pmetal_distill.models import load_model
+    from pmetal_distill.offline.writer import CacheWriter
+
+    _refuse_used_folder(settings)
+    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    for note in teacher.notes:
+        console.note(f"teacher: {note}")
+    spec = target_spec(settings, teacher.vocab_size)
+    data = read_data(settings, teacher)
+    console.note(
+        f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {data.num_sequences:,} sequences "
+        f"({data.fill_rate:.0%} full)"
+    )
+    dataset = describe(settings, teacher, data, spec)
+    with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher)) as writer:
+        run = StageOne(settings, teacher, data, writer, console)
+        run.write_missing()
+    return {**run.summary(), **describe_cache(settings.out)}
+
+
+def target_spec(settings: CacheSettings, vocab_size: int) -> TargetSpec:
+    """The layout that the settings ask for.
+
+    Raises:
+        UsageError: more head entries than the vocabulary has.
+    """
+    most = vocab_size - (settings.tail != "none")
+    if settings.top_k > most:
+        raise UsageError(
+            f"top_k: must be at most {most} with a vocabulary of {vocab_size} and tail '{settings.tail}', "
+            f"found {settings.top_k}; give a smaller one"
+        )
+    return TargetSpec(vocab_size=vocab_size, k=settings.top_k, tail=settings.tail)
+
+
+def read_data(settings: CacheSettings, teacher: "LoadedModel") -> PackedDataset:
+    """The text as packed sequences in the teacher's tokens."""
+    fields = FieldNames(
+        text=settings.text_feature,
+        prompt=settings.prompt_feature,
+        completion=settings.completion_feature,
+        messages=settings.chat_feature,
+    )
+    return packed_text(
+        settings.data,
+        teacher,
+        split=settings.split,
+        max_seq_len=settings.max_seq_len,
+        mask_prompt=settings.mask_prompt,
+        packing=settings.pack,
+        fields=fields,
+    )
+
+
+def describe(
+    settings: CacheSettings, teacher: "LoadedModel", data: PackedDataset, spec: TargetSpec
+) -> Dataset:
+    """`dataset.json`: what the cache holds and what it was made from."""
+    from pmetal_distill.models import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
+
+    layers = hidden_layers(settings, teacher)
+    codec = {
+        "rank": settings.sketch_rank,
+        "step": settings.sketch_step,
+        "calibration_tokens": settings.calibration_tokens,
+        "seed": settings.seed,
+    }
+    packing = {
+        "max_seq_len": settings.max_seq_len,
+        "pack": data.settings.pack,
+        "mask_prompt": settings.mask_prompt,
+    }
+    return Dataset(
+        fingerprint={
+            "teacher": model_fingerprint(teacher),
+            "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
+            "chat_template": chat_template_fingerprint(teacher.tokenizer),
+            "data": data.fingerprint(),
+            "packing": json.dumps(packing),
+            "codec": json.dumps(codec if settings.tail == "sketch" else {}),
+        },
+        target=spec,
+        num_sequences=data.num_sequences,
+        num_tokens=data.num_tokens,
+        sequences_per_shard=settings.sequences_per_shard,
+        max_sequence_length=settings.max_seq_len,
+        rows_per_group=ROWS_PER_GROUP,
+        hidden=HiddenSpec(layers, teacher.hidden_size) if layers else None,
+        meta={"teacher": settings.teacher, "data": settings.data},
+    )
+
+
+def hidden_layers(settings: CacheSettings, teacher: "LoadedModel") -> tuple[int, ...]:
+    """Block numbers from 0, ascending.
+
+    Raises:
+        UsageError: a layer that the teacher does not have.
+    """
+    count = teacher.num_layers
+    if settings.hidden_layers == "all":
+        return tuple(range(count))
+    if bad := [layer for layer in settings.hidden_layers if not -count <= layer < count]:
+        raise UsageError(
+            f"hidden_layers: must be from {-count} to {count - 1}, as the teacher has {count} layers, "
+            f"found {bad[0]}; name others"
+        )
+    return tuple(sorted({layer % count for layer in settings.hidden_layers}))
+
+
+def tokenizer_files(teacher: "LoadedModel") -> dict[str, bytes]:
+    """The teacher's tokenizer files by name, so that a cache can be read without the teacher."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        teacher.tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def describe_cache(folder: Path) -> dict[str, Any]:
+    """Size and cost of a complete cache."""
+    from pmetal_distill.offline.reader import LogitCache
+
+    cache = LogitCache(folder, verify_hashes="never")
+    by_column = cache.bytes_per_token()
+    on_disk = sum(size for name, size in by_column.items() if name not in ("sidecars", "hidden"))
+    return {
+        "cache": str(folder),
+        "sequences": cache.num_sequences,
+        "tokens": cache.num_tokens,
+        "trained_tokens": cache.num_trained_tokens,
+        "bytes_per_token": on_disk,
+        "hidden_bytes_per_token": by_column["hidden"],
+        "sidecar_bytes": round(by_column["sidecars"] * cache.num_tokens),
+        "compression": 2 * cache.dataset.target.vocab_size / on_disk,
+    }
+
+
+def _refuse_used_folder(settings: CacheSettings) -> None:
+    out = settings.out
+    if settings.resume or not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise UsageError(
+            f"{out}: the folder of a new cache must be new or empty, found it in use; choose another --out, "
+            "or go on with an unfinished cache by --resume"
+        )

@@ -1,0 +1,24 @@
+"""`train`: stage two."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.commands.shared import console_options
+from pipeline.config import load_config, resolve
+from pipeline.console import Console
+from pipeline.options import given, settings_options
+from pipeline.settings import TrainSettings
+
+
+@click.command("train")
+@click.option("-c", "--config", type=click.Path(path_type=Path), help="YAML file of the options below.")
+@settings_options(TrainSettings)
+@console_options
+def command(config: Path | None, console: Console, **options: Any) -> None:
+    """Train a student from a cache. Option beats configuration file beats default."""
+    settings = resolve(TrainSettings, load_config(config, TrainSettings) if config else {}, given(options))
+    from pipeline.train import run_train
+
+    console.result(run_train(settings, console))
