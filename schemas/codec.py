@@ -23,7 +23,7 @@ from schemas.grid import (
     truncate_head,
 )
 from schemas.layout import group_columns, id_planes, needed_columns, target_schema
-from schemas.packing import pack_group, unpack_group
+from schemas.packing import largest_byte, pack_group, unpack_group
 from schemas.planes import Planes, from_column, join_planes, split_planes, to_column
 from schemas.spec import TargetSpec
 
@@ -179,7 +179,10 @@ def decode(
     coordinates = _decode_sketch(planes, codec, rank, num_tokens=len(rows))
     targets = TargetArrays(head_ids, relative + top[:, None], curve, coordinates)
     targets = truncate_head(targets, spec, kept)
-    return rows, targets if mask.all() else _zero_rows(targets, mask)
+    masked = np.flatnonzero(~mask)
+    for part in targets.parts():
+        part[masked] = 0
+    return rows, targets
 
 
 def _check_input(targets: TargetArrays, rows: TokenRows, codec: Codec) -> None:
@@ -312,6 +315,8 @@ def _decode_sketch(planes: dict[str, Planes], codec: Codec, rank: int, *, num_to
     for index, group in enumerate(codec.basis.groups):
         if group.start < rank:
             names = group_columns(index, group.levels)
+            if planes[names[0]].max(initial=0) > largest_byte(group.levels):
+                raise CorruptionError(f"decode: bytes of '{names[0]}' must be digits of base {group.levels}")
             out = coordinates[:, group.start : min(group.stop, rank)]
             unpack_group([planes[name] for name in names], group, out, step=codec.basis.step)
     return coordinates

@@ -19,6 +19,11 @@ def group_width(group: CoordinateGroup) -> int:
     return -(-(group.stop - group.start) // DIGITS_PER_BYTE.get(group.levels, 1))
 
 
+def largest_byte(levels: int) -> int:
+    """The largest byte that digits of this base make."""
+    return 255 if levels == 65536 else levels ** DIGITS_PER_BYTE[levels] - 1
+
+
 def pack_group(values: npt.NDArray[np.int32], levels: int) -> list[Planes]:
     """Byte planes of integers [n, width] within +-(levels // 2).
 

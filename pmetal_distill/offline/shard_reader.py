@@ -95,6 +95,14 @@ class ShardReader:
         except CorruptionError as error:
             raise CorruptionError(f"shards/{ref.name} row group {group}: {error}") from error
 
+    def table(self, shard: Shard, group: int) -> pa.Table:
+        """The stored columns of one row group.
+
+        Raises:
+            CorruptionError: as `targets`.
+        """
+        return self._table(shard.record.targets, shard, group, shard.codec.schema, shard.codec.columns())
+
     def metadata(self, ref: FileRef) -> pq.FileMetaData:
         """The footer of a file, after its hash was checked."""
         return self._file(ref).metadata
