@@ -8,7 +8,7 @@ Every step streams. Only the packed tokens stay: about 4 bytes a token in memory
 from pipeline.data.documents import Document, FieldNames
 from pipeline.data.packing import PackedDataset, PackedSequence, PackSettings, pack
 from pipeline.data.readers import available_splits, data_files, load_documents
-from pipeline.data.splitting import split_by_document
+from pipeline.data.splitting import split_by_document, split_by_size
 from pipeline.data.tokenizing import TokenizedDocument, Tokenizer, tokenize, tokenize_all
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_documents",
     "pack",
     "split_by_document",
+    "split_by_size",
     "tokenize",
     "tokenize_all",
 ]

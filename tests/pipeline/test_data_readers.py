@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.data import FieldNames, available_splits, data_files, load_documents, split_by_document
+from pipeline.data import FieldNames, available_splits, data_files, load_documents
 from pipeline.data import lines as lines_module
-from schemas.errors import DataError, UsageError
+from schemas.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -267,18 +267,3 @@ def test_files_and_plain_folders_have_only_a_train_split(tmp_path: Path) -> None
     assert "has no 'valid' split" in fault(file, split="valid")
     assert "has no 'valid' split" in fault(tmp_path, split="valid")
     assert available_splits(file) == ()
-
-
-def test_split_by_document_is_a_partition_by_content(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", *({"text": f"text {i % 400}"} for i in range(800)))
-    sides = [
-        [d.text for d in split_by_document(load_documents(file), fraction=0.25, seed=3, held_out=held_out)]
-        for held_out in (False, True)
-    ]
-    assert len(sides[0]) + len(sides[1]) == 800
-    assert not set(sides[0]) & set(sides[1])
-    assert 0.15 < len(sides[1]) / 800 < 0.35
-    other = [d.text for d in split_by_document(load_documents(file), fraction=0.25, seed=4, held_out=True)]
-    assert other != sides[1]
-    with pytest.raises(UsageError, match="fraction"):
-        split_by_document(load_documents(file), fraction=1.5)
