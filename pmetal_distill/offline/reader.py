@@ -36,7 +36,7 @@ class LogitCache:
         k: truncate heads to this many entries; the others join the tail.
         rank: truncate sketches to this many coordinates; 0 leaves the tail as a bucket.
         hidden_layers: hidden states to read along; none costs nothing.
-        verify_hashes: "lazy" hashes a shard before its first use, "eager" all of them now, "never" none (page
+        verify_hashes: "lazy" hashes a shard before its first use, "eager" all files now, "never" none (page
             CRCs are always checked).
         allow_partial: accept a cache whose shards are not all committed.
 
@@ -333,7 +333,11 @@ class LogitCache:
         return result
 
     def _check_all(self) -> None:
+        sidecars: dict[str, FileRef] = {}
         for record in self.records:
             for ref in (record.targets, record.hidden):
                 if ref is not None:
                     self._reader.metadata(ref)
+            sidecars |= {path: ref for path, ref in record.files().items() if path.startswith("bases/")}
+        for ref in sidecars.values():
+            self.store.sidecar(ref)

@@ -1,0 +1,101 @@
+"""Golden caches, read by the library and by a reader made from FORMAT.md alone. They never change."""
+
+import json
+import shutil
+from pathlib import Path
+
+import independent_reader
+import numpy as np
+import pytest
+
+from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.offline.verify import verify_cache
+from schemas.errors import CacheError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ["v1-sketch", "v1-bucket", "v1-none"]
+EXACT = {"ids": "head_ids", "tok": "token_ids", "doc": "documents", "msk": "loss_mask"}
+CLOSE = {"logprobs": "head_logprobs", "curve": "tail_curve", "y": "coordinates"}
+
+
+def expected(name):
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def independent(name):
+    rows = independent_reader.Cache(GOLDEN / name).rows
+    assert list(rows) == list(range(len(rows)))
+    return {key: np.concatenate([rows[n][key] for n in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_library_reads_golden_caches(name):
+    want = expected(name)
+    layers = tuple(int(key[6:]) for key in want if key.startswith("hidden"))
+    cache = LogitCache(GOLDEN / name, hidden_layers=layers)
+    start = 0
+    for number, length in enumerate(want["lengths"].tolist()):
+        got, part = cache.sequence(number), slice(start, start + length)
+        for key in ("head_ids", "head_logprobs", "tail_curve", "coordinates"):
+            np.testing.assert_allclose(getattr(got.targets, key), want[key][part], rtol=2e-6, atol=2e-6)
+        for key in ("token_ids", "documents", "loss_mask"):
+            np.testing.assert_array_equal(getattr(got, key), want[key][part])
+        for layer in layers:
+            np.testing.assert_allclose(got.hidden[layer], want[f"hidden{layer}"][part], rtol=1e-5, atol=1e-5)
+        start += length
+    assert verify_cache(GOLDEN / name).findings == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reader_made_from_the_page_agrees(name):
+    want, got = expected(name), independent(name)
+    for mine, theirs in EXACT.items():
+        np.testing.assert_array_equal(got[mine], want[theirs])
+    for mine, theirs in CLOSE.items():
+        np.testing.assert_allclose(got[mine], want[theirs], rtol=1e-5, atol=1e-5)
+    for key in (k for k in want if k.startswith("hidden")):
+        np.testing.assert_allclose(got[key], want[key], rtol=1e-5, atol=1e-4)
+
+
+def test_a_reader_made_from_the_page_agrees_on_smaller_heads():
+    reader = independent_reader.Cache(GOLDEN / "v1-sketch")
+    cache = LogitCache(GOLDEN / "v1-sketch", k=2)
+    for number, row in reader.rows.items():
+        logprobs, curve = independent_reader.smaller_head(row, reader.target["curve_nodes"], 2)
+        got, on = cache.sequence(number), row["msk"]
+        np.testing.assert_allclose(got.targets.head_logprobs[on], logprobs[on], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got.targets.tail_curve[on], curve[on], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_refuse_the_same_damage(name, tmp_path):
+    folder = shutil.copytree(GOLDEN / name, tmp_path / "c")
+    rng = np.random.default_rng(0)
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.parent.name != "tokenizer"]
+    for path in files:
+        data = path.read_bytes()
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises((independent_reader.Refused, ValueError, KeyError)):
+            independent_reader.Cache(folder)
+        with pytest.raises(CacheError):
+            LogitCache(folder, verify_hashes="eager")
+        path.write_bytes(data)
+
+
+def test_the_page_names_every_key_and_column():
+    page = (Path(__file__).parents[2] / "schemas/FORMAT.md").read_text()
+    for name in NAMES:
+        cache = LogitCache(GOLDEN / name)
+        keys = set(json.loads((GOLDEN / name / "dataset.json").read_bytes()))
+        keys |= set(json.loads((GOLDEN / name / "commits/00000.json").read_bytes()))
+        keys |= set(cache.spec.to_json())
+        keys |= set(cache.dataset.hidden.to_json() if cache.dataset.hidden else ())
+        keys |= {n for n in cache.shards[0].codec.schema.names if not n.startswith("sk")}
+        assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
+
+
+def test_golden_caches_are_small():
+    assert sum(p.stat().st_size for p in GOLDEN.rglob("*") if p.is_file()) < 100_000
