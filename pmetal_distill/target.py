@@ -51,6 +51,10 @@ class TailBasis:
         """Uploads a basis; do it once and share it between batches (4 V (r + 1) bytes)."""
         return TailBasis(mx.array(basis.mean), mx.array(basis.components))
 
+    def restricted(self, vocab_size: int) -> "TailBasis":
+        """The basis of the first `vocab_size` tokens."""
+        return TailBasis(self.mean[:vocab_size], self.components[:vocab_size])
+
     def logits(self, coordinates: mx.array) -> mx.array:
         """Coordinates [n, r] -> tail logits [n, V]; entries of the head are meaningless."""
         return mx.addmm(self.mean, coordinates, self.components.T)
@@ -139,6 +143,7 @@ class TeacherTarget:
         *,
         bases: Sequence[TailBasis] = (),
         basis_index: np.ndarray[Any, Any] | None = None,
+        vocab_size: int | None = None,
     ) -> "TeacherTarget":
         """What a cache holds, for tokens of any leading shape.
 
@@ -147,20 +152,25 @@ class TeacherTarget:
             spec: of the cache (`spec.with_k` after truncating the head).
             bases: for tail "sketch", on the device.
             basis_index: int [...], which of `bases` each token uses; needed for more than one.
+            vocab_size: of a student with fewer tokens than the teacher, as padded vocabularies have; the
+                bases must be `TailBasis.restricted` to it.
 
         Raises:
             IncompatibleError: the parts do not fit `spec` or `bases`.
         """
-        _check_arrays(arrays, spec, bases, basis_index)
+        vocab_size = min(vocab_size or spec.vocab_size, spec.vocab_size)
+        _check_arrays(arrays, spec, bases, basis_index, vocab_size)
         ids, logprobs, values, coordinates = (mx.array(np.ascontiguousarray(a)) for a in arrays.parts())
         if spec.tail == "none":
-            return TeacherTarget.none(ids, logprobs, vocab_size=spec.vocab_size)
+            return TeacherTarget.none(ids, logprobs, vocab_size=vocab_size)
         if spec.tail == "bucket":
-            return TeacherTarget.bucket(ids, logprobs, values, curve=spec.curve)
+            target = TeacherTarget.bucket(ids, logprobs, values, curve=spec.curve)
+            return replace(target, vocab_size=vocab_size)
         index = None if basis_index is None else mx.array(np.asarray(basis_index, np.int32))
-        return TeacherTarget.sketch(
+        target = TeacherTarget.sketch(
             ids, logprobs, values, coordinates, curve=spec.curve, bases=bases, basis_index=index
         )
+        return replace(target, vocab_size=vocab_size)
 
     @property
     def num_tokens(self) -> int:
@@ -263,15 +273,15 @@ class SoftTarget:
         assert self.tail_logprobs is not None
         return mx.concatenate([self.head_logprobs, self.tail_logprobs[:, None]], axis=-1)
 
-    def tail_scores(self) -> mx.array:
-        """Unnormalised tail logits over temperature [N, V] of a sketch; head entries are meaningless."""
+    def tail_logits(self) -> mx.array:
+        """Tail logits at T=1 [N, V] of a sketch, up to a constant; head entries are meaningless."""
         assert self.coordinates is not None
         rows = self.bases[0].logits(self.coordinates)
         for number, basis in enumerate(self.bases[1:], start=1):
             assert self.basis_index is not None
             chosen = (self.basis_index == number)[:, None]
             rows = mx.where(chosen, basis.logits(self.coordinates), rows)
-        return rows * self.inv_temperature
+        return rows
 
     def logits(self) -> mx.array:
         """Teacher logits at T=1 [N, V] of a dense target, float32."""
@@ -289,7 +299,7 @@ class SoftTarget:
         assert self.head_ids is not None
         assert self.head_logprobs is not None
         assert self.tail_logprobs is not None
-        scores = self.tail_scores()
+        scores = self.tail_logits() * self.inv_temperature
         outside = mx.put_along_axis(scores, self.head_ids, mx.array(NEGATIVE), axis=-1)
         offset = self.tail_logprobs - row_logsumexp(outside)
         return mx.put_along_axis(scores + offset[:, None], self.head_ids, self.head_logprobs, axis=-1)
@@ -316,21 +326,22 @@ def _check_arrays(
     spec: TargetSpec,
     bases: Sequence[TailBasis],
     basis_index: np.ndarray[Any, Any] | None,
+    vocab_size: int,
 ) -> None:
     found = (arrays.k, arrays.num_nodes)
     if found != (spec.k, spec.num_nodes):
         raise IncompatibleError(
             f"target: k and curve nodes must be ({spec.k}, {spec.num_nodes}) as in the spec, found {found}"
         )
-    if arrays.head_ids.size and not 0 <= arrays.head_ids.min() <= arrays.head_ids.max() < spec.vocab_size:
+    if arrays.head_ids.size and not 0 <= arrays.head_ids.min() <= arrays.head_ids.max() < vocab_size:
         raise IncompatibleError(
-            f"target: head ids must be from 0 to {spec.vocab_size - 1}, found {arrays.head_ids.min()} "
+            f"target: head ids must be from 0 to {vocab_size - 1}, found {arrays.head_ids.min()} "
             f"to {arrays.head_ids.max()}; run 'pmetal-pipeline verify' on the cache"
         )
     if spec.tail != "sketch":
         return
     shapes = [tuple(basis.components.shape) for basis in bases]
-    wanted = (spec.vocab_size, arrays.rank)
+    wanted = (vocab_size, arrays.rank)
     if not shapes or any(shape != wanted for shape in shapes) or (len(bases) > 1 and basis_index is None):
         raise IncompatibleError(
             f"target: a sketch must come with bases of shape {wanted} (and an index, if several), "

@@ -73,7 +73,7 @@ class Chunk:
 
     def statistics(self, logits: mx.array) -> Statistics:
         """The row statistics of student logits [n, V]."""
-        labels, b = self._safe_labels(), self.target.inv_temperature
+        labels, b = self.safe_labels(), self.target.inv_temperature
         if self.target.complete:
             dense = self.ops.dense_statistics(logits, self.teacher, labels, b, self.divergence)
             return cast(DenseStatistics, dense)
@@ -100,7 +100,7 @@ class Chunk:
             statistics: of these logits.
             soft, hard: weights [n].
         """
-        labels, b = self._safe_labels(), self.target.inv_temperature
+        labels, b = self.safe_labels(), self.target.inv_temperature
         hard = mx.where(self.labels == IGNORE_INDEX, 0.0, hard)
         if isinstance(statistics, DenseStatistics):
             rows = self.ops.dense_gradient(
@@ -121,6 +121,16 @@ class Chunk:
         )
         return cast(mx.array, rows)
 
+    def teacher_best(self) -> mx.array:
+        """The teacher's most probable token, [n]."""
+        if self.target.head_ids is None:
+            return self.target.logits().argmax(axis=-1)
+        return self.target.head_ids[:, 0]
+
+    def safe_labels(self) -> mx.array:
+        """Labels that can be looked up: 0 where there is none."""
+        return mx.where(self.labels == IGNORE_INDEX, 0, self.labels)
+
     def _terms(self, s: SparseStatistics) -> tuple[Terms, mx.array]:
         b = self.target.inv_temperature
         tail = s.tail_top * b + s.tail_lse
@@ -128,6 +138,3 @@ class Chunk:
         lq = scores - row_logsumexp(scores)[:, None]
         lp, q = self.target.events(), mx.exp(lq)
         return self.divergence.terms(mx, Events(lp, mx.exp(lp), lq, q)), q
-
-    def _safe_labels(self) -> mx.array:
-        return mx.where(self.labels == IGNORE_INDEX, 0, self.labels)
