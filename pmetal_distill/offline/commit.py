@@ -4,6 +4,7 @@ A file is written under `_tmp/`, flushed to the medium, linked or renamed to its
 flushed. Cost: two fsyncs a file (milliseconds on a disk).
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,6 +21,7 @@ from schemas.errors import CacheError, CorruptionError
 
 TMP = "_tmp"
 _CHUNK = 1 << 20
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class Scratch:
@@ -116,13 +118,15 @@ def put_if_absent(source: Path, target: Path) -> bool:
     """Publish `source` as `target` unless it exists; exactly one of several writers gets True.
 
     Raises:
-        CacheError: the file system has no hard links.
+        CacheError: the file system has no hard links (exFAT, some network mounts).
     """
     try:
         os.link(source, target)
     except FileExistsError:
         return False
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         must = "the file system must support hard links"
         raise CacheError(f"{target.name}: {must}, found {error}; write the cache to a local disk") from error
     flush_folder(target.parent)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmetal_distill.offline.commit import failing_writes, flush_folder
-from pmetal_distill.offline.store import Store
-from pmetal_distill.offline.verify import SHARD_FILE, Finding, verify_cache
+from pmetal_distill.offline.store import SHARD_FILE, Store
+from pmetal_distill.offline.verify import Finding, verify_cache
 
 QUARANTINE = "quarantine"
 

@@ -22,6 +22,7 @@ from schemas.sidecar import MAX_SIDECAR_BYTES
 
 DATASET = "dataset.json"
 FOLDERS = ("shards", "commits", "bases", "tokenizer")
+SHARD_FILE = re.compile(r"(?:targets|hidden)-(\d{5,8})-[0-9a-f]{16}\.parquet")
 _RECORD_NAME = re.compile(r"(\d{5,8})\.json")
 
 

@@ -1,6 +1,5 @@
 """Check a whole cache: every hash, CRC and invariant. Reads every byte once or twice (about 1 M tokens/s)."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from schemas.hidden import HiddenCodec
 from schemas.manifest import CommitRecord
 
 Kind = Literal["damage", "missing", "orphan"]
-SHARD_FILE = re.compile(r"(?:targets|hidden)-(\d{5,8})-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)

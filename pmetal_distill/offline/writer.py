@@ -21,7 +21,7 @@ from pmetal_distill.offline.commit import (
     write_scratch,
 )
 from pmetal_distill.offline.shard import ShardFiles, write_shard_files
-from pmetal_distill.offline.store import DATASET, FOLDERS, Store
+from pmetal_distill.offline.store import DATASET, FOLDERS, SHARD_FILE, Store
 from schemas.arrays import Bool, Float32, Int32, TargetArrays
 from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
@@ -95,12 +95,19 @@ class CacheWriter:
     def missing_shards(self) -> list[int]:
         """Shards without a commit record, ascending: what is left to do.
 
+        Removes, on the way, files of committed shards that lost a race or belong to a killed writer.
+
         Raises:
             CorruptionError: a record that is there is damaged.
         """
+        lying = [path for path in (self.store.root / "shards").iterdir() if SHARD_FILE.fullmatch(path.name)]
         done = self.store.committed()
-        for shard in done:
-            self.store.record(shard)
+        named = {path for shard in done for path in self.store.record(shard).files()}
+        finished = set(done)
+        for path in lying:
+            match = SHARD_FILE.fullmatch(path.name)
+            if match and int(match.group(1)) in finished and f"shards/{path.name}" not in named:
+                path.unlink(missing_ok=True)
         return sorted(set(range(self.dataset.num_shards)).difference(done))
 
     def last_sidecars(self) -> tuple[SketchBasis | None, Codebook | None, HiddenBasis | None]:
@@ -223,11 +230,9 @@ class CacheWriter:
                 f"shard {record.shard}: its files vanished under the writer; run it again with --resume"
             )
         standing = self.store.record(record.shard)
-        kept = {ref.name for ref in (standing.targets, standing.hidden) if ref}
-        for family in ("targets", "hidden"):
-            for path in (self.store.root / "shards").glob(f"{family}-{record.shard:05d}-*.parquet"):
-                if path.name not in kept:
-                    path.unlink(missing_ok=True)
+        for path in set(record.files()) - set(standing.files()):
+            if path.startswith("shards/"):
+                (self.store.root / path).unlink(missing_ok=True)
         return standing
 
 
