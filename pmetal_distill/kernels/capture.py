@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from pmetal_distill.kernels import dispatch, plain, tuning
+from pmetal_distill.kernels import dispatch, tuning
 from pmetal_distill.kernels.row import usable
+from pmetal_distill.reductions import row_logsumexp
 
 MAX_K, MAX_NODES, LISTED = 256, 8, 2048
 GRIDS = (1, 2, 4, 8, 16, 32, 64)
@@ -64,9 +65,8 @@ def grid_of(nodes: Sequence[float]) -> tuple[int, tuple[int, ...]]:
 
 
 def _shape(logits: mx.array, k: int) -> tuple[tuning.Shape, int]:
-    given = dispatch.platform()
     length, width = logits.shape[-1], tuning.vector_width(logits.dtype)
-    shape = tuning.shape_for("capture", given.name if given else "", length=length, width=width)
+    shape = tuning.shape_for("capture", dispatch.platform_name(), length=length, width=width)
     sparse = 8 if k <= 64 else 4 if k <= 128 else 2
     return shape, max(1, min(sparse, length // (2 * width * shape.threads)))
 
@@ -91,9 +91,27 @@ def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array
 
 def _plain(logits: mx.array, k: int, nodes: tuple[float, ...]) -> Captured:
     z = logits.astype(mx.float32)
-    ids = mx.argsort(-z, axis=-1)[:, :k].astype(mx.int32)
+    ids = _top(z, k)
     scores = mx.take_along_axis(z, ids, axis=-1)
-    tail = plain.without_head(z, ids) - scores[:, -1:]
-    rows = [plain.logsumexp(b * tail) for b in nodes]
+    tail = mx.put_along_axis(z, ids, mx.array(-1.0e30), axis=-1) - scores[:, -1:]
+    rows = [row_logsumexp(b * tail) for b in nodes]
     curve = mx.stack(rows, axis=-1) if rows else mx.zeros((len(z), 0))
-    return Captured(ids, scores, mx.logsumexp(z, axis=-1), curve)
+    return Captured(ids, scores, row_logsumexp(z), curve)
+
+
+def _top(z: mx.array, k: int) -> mx.array:
+    """Ids of the k largest of each row, descending, ties by lower id; two selections instead of a sort."""
+    smallest = mx.topk(z, k, axis=-1).min(axis=-1, keepdims=True)
+    above, equal = z > smallest, z == smallest
+    room = k - above.sum(axis=-1, keepdims=True)
+    chosen = above | (equal & (mx.cumsum(equal.astype(mx.int32), axis=-1) <= room))
+    ids = mx.argpartition(chosen, -k, axis=-1)[:, -k:].astype(mx.int32)
+    scores = mx.take_along_axis(z, ids, axis=-1)
+    return mx.take_along_axis(ids, mx.argsort(_descending_key(scores, ids), axis=-1), axis=-1)
+
+
+def _descending_key(scores: mx.array, ids: mx.array) -> mx.array:
+    """int64 that sorts by descending score, then ascending id."""
+    bits = mx.where(scores == 0, 0.0, scores).view(mx.uint32).astype(mx.int64)
+    ordered = mx.where(bits >= 1 << 31, (1 << 32) - 1 - bits, bits + (1 << 31))
+    return ((1 << 32) - 1 - ordered) * (1 << 24) + ids.astype(mx.int64)

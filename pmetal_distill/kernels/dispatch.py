@@ -71,6 +71,12 @@ def platform() -> Platform | None:
     return {"metal": METAL, "cuda": CUDA, "plain": None}[backend()]
 
 
+def platform_name() -> str:
+    """Name of the compiler in force; "plain" for plain operations."""
+    given = platform()
+    return given.name if given else "plain"
+
+
 @contextmanager
 def using(given: Platform) -> Iterator[None]:
     """Runs all kernels on the given platform inside the context."""

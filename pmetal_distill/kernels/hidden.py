@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from pmetal_distill.kernels import dispatch, plain, tuning
-from pmetal_distill.kernels.row import padded
+from pmetal_distill.kernels import dispatch, tuning
+from pmetal_distill.kernels.row import FLOATS, Template, padded
 
 
 class HiddenSums(NamedTuple):
@@ -39,15 +39,15 @@ def hidden_sums(student: mx.array, teacher: mx.array) -> HiddenSums:
 
 
 def _usable(states: mx.array) -> bool:
-    given = dispatch.platform()
-    return given is not None and states.size >= dispatch.SMALLEST_ARRAY and states.dtype in plain.FLOATS
+    return (
+        dispatch.platform() is not None and states.size >= dispatch.SMALLEST_ARRAY and states.dtype in FLOATS
+    )
 
 
-def _template(kernel: str, s: mx.array, t: mx.array) -> tuple[list[tuple[str, Any]], int, int]:
-    given = dispatch.platform()
+def _template(kernel: str, s: mx.array, t: mx.array) -> tuple[Template, int, int]:
     n, length = s.shape
     width = tuning.vector_width(s.dtype)
-    shape = tuning.shape_for(kernel, given.name if given else "", length=width * 256, width=width)
+    shape = tuning.shape_for(kernel, dispatch.platform_name(), length=width * 256, width=width)
     values: dict[str, Any] = {"T": s.dtype, "S": t.dtype, "D": length, "W": width, "HINT": shape.hint}
     values["TG"] = shape.threads
     rows_each = shape.threads // 32

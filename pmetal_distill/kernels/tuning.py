@@ -70,10 +70,3 @@ def marks(length: int, width: int, k: int) -> tuple[int, int]:
     needed = length + 2 * width
     grain = 1 if needed <= MARKS_BYTES * 8 else COARSE_GRAIN
     return grain, -(-needed // (grain * 32)) * 32
-
-
-def whole_power(temperature: float | mx.array) -> int:
-    """T where it is a small whole number known now: exp(d) is then a power of exp(d / T). 0 otherwise."""
-    if isinstance(temperature, mx.array):
-        return 0
-    return int(temperature) if temperature in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) else 0

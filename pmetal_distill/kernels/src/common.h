@@ -17,7 +17,18 @@ FN float whole_power(float u) {
     return result;
 }
 
-// exp(d) next to u = exp(d / T): a power of u where T is the whole number POWER, an exponential of its own where POWER is 0.
+// T where it is 1, 2 or 4, else 0: exp(d) is then a power of exp(d / T) and needs no exponential of its own.
+FN int whole_temperature(float inverse) {
+    return inverse == 1.0f ? 1 : inverse == 0.5f ? 2 : inverse == 0.25f ? 4 : 0;
+}
+// Runs STEP<1>, <2>, <4> or <0> by the number `power`, the same for all threads of a row.
+#define BY_POWER(power, STEP, ...) \
+    if (power == 2) STEP<2>(__VA_ARGS__); \
+    else if (power == 1) STEP<1>(__VA_ARGS__); \
+    else if (power == 4) STEP<4>(__VA_ARGS__); \
+    else STEP<0>(__VA_ARGS__)
+
+// exp(d) next to u = exp(d / POWER).
 template <int POWER>
 FN float exp_hard(float d, float u) {
     return POWER > 0 ? whole_power<POWER>(u) : exp2_fast(d * LOG2E);
@@ -26,11 +37,12 @@ FN float exp_hard(float d, float u) {
 // Sums of exp(x - top) and exp((x - top) / T). `top` follows the largest score only when that leads by `slack`: terms
 // stay far from overflow and the sums are rescaled a few times a row instead of at each step.
 struct Sums {
-    float top, hard, soft;
+    float largest, top, hard, soft;
 };
 
 FN Sums no_sums() {
     Sums s;
+    s.largest = LOWEST;
     s.top = LOWEST;
     s.hard = 0.0f;
     s.soft = 0.0f;
@@ -56,34 +68,53 @@ FN float largest_of(const THREAD float* x) {
     return m;
 }
 
-template <int N, int POWER, bool HARD>
-FN void add_scores(THREAD Sums& s, const THREAD float* x, float rate, float slack) {
-    float m = largest_of<N>(x);
-    if (m > s.top + slack) raise_top(s, m, rate);
+template <int POWER, int N>
+FN void add_terms(THREAD Sums& s, const THREAD float (&x)[N], float rate) {
     float hard = 0.0f, soft = 0.0f;
 #pragma unroll
     for (int j = 0; j < N; j++) {
         float d = x[j] - s.top;
         float u = exp2_fast(d * rate);
         soft += u;
-        if (HARD) hard += exp_hard<POWER>(d, u);
+        hard += exp_hard<POWER>(d, u);
     }
     s.soft += soft;
-    if (HARD) s.hard += hard;
+    s.hard += hard;
 }
 
-// Scores of a student's row (x) and a teacher's row (y) under the teacher's and the student's weights.
+template <int N>
+FN void add_scores(THREAD Sums& s, const THREAD float (&x)[N], float rate, float slack, int power) {
+    float m = largest_of<N>(x);
+    s.largest = larger(s.largest, m);
+    if (m > s.top + slack) raise_top(s, m, rate);
+    BY_POWER(power, add_terms, s, x, rate);
+}
+
+// g = soft exp(d / T) + hard exp(d), d = x - top.
+template <int POWER, int N>
+FN void tail_slopes(THREAD float (&g)[N], const THREAD float* x, float top, float rate, float soft, float hard) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float d = x[j] - top;
+        float u = exp2_fast(d * rate);
+        g[j] = soft * u + hard * exp_hard<POWER>(d, u);
+    }
+}
+
+// Sums over a student's row (x) and a teacher's row (y). Both are shifted by a number of their own before anything else,
+// so that a common offset costs no digits; `student.largest` and `largest` alone are of the rows as they are.
 struct PairSums {
     Sums student;
-    float top, soft;  // of the teacher, at the temperature
-    float mean;       // sum of exp((y - top) / T) y
-    float forward;    // sum of exp((y - top) / T) (y - x)
-    float reverse;    // sum of exp((x - student.top) / T) (x - y)
+    float largest, top, soft;  // of the teacher, at the temperature
+    float mean;                // sum of exp((y - top) / T) y
+    float forward;             // sum of exp((y - top) / T) (y - x)
+    float reverse;             // sum of exp((x - student.top) / T) (x - y)
 };
 
 FN PairSums no_pair_sums() {
     PairSums s;
     s.student = no_sums();
+    s.largest = LOWEST;
     s.top = LOWEST;
     s.soft = 0.0f;
     s.mean = 0.0f;
@@ -91,6 +122,9 @@ FN PairSums no_pair_sums() {
     s.reverse = 0.0f;
     return s;
 }
+
+// A shift for a row: its first score, unless that is a mask.
+FN float shift_for(float first) { return metal::fabs(first) < 1.0e6f ? first : 0.0f; }
 
 FN void raise_pair(THREAD PairSums& s, float student_top, float teacher_top, float rate) {
     s.reverse *= raise_top(s.student, student_top, rate);
@@ -101,23 +135,37 @@ FN void raise_pair(THREAD PairSums& s, float student_top, float teacher_top, flo
     s.top = teacher_top;
 }
 
-template <int N, int POWER, bool HARD, bool REVERSE>
-FN void add_pair(THREAD PairSums& s, const THREAD float* x, const THREAD float* y, float rate, float slack) {
-    float mx = largest_of<N>(x), my = largest_of<N>(y);
-    if (mx > s.student.top + slack || my > s.top + slack)
-        raise_pair(s, larger(mx, s.student.top), larger(my, s.top), rate);
+template <int POWER, bool REVERSE, int N>
+FN void add_pair_terms(THREAD PairSums& s, const THREAD float (&x)[N], const THREAD float (&y)[N], float x_shift,
+                       float y_shift, float rate) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float d = x[j] - s.student.top;
-        float u = exp2_fast(d * rate), w = exp2_fast((y[j] - s.top) * rate);
-        float gap = y[j] - x[j];
+        float a = x[j] - x_shift, b = y[j] - y_shift;
+        float d = a - s.student.top;
+        float u = exp2_fast(d * rate), w = exp2_fast((b - s.top) * rate);
+        float gap = b - a;
         s.student.soft += u;
-        if (HARD) s.student.hard += exp_hard<POWER>(d, u);
+        s.student.hard += exp_hard<POWER>(d, u);
         s.soft += w;
-        s.mean += w * y[j];
+        s.mean += w * b;
         s.forward += w * gap;
         if (REVERSE) s.reverse -= u * gap;
     }
+}
+
+template <bool REVERSE, int N>
+FN void add_pair(THREAD PairSums& s, const THREAD float (&x)[N], const THREAD float (&y)[N], float x_shift,
+                 float y_shift, float rate, float slack, int power) {
+    float mx = largest_of<N>(x), my = largest_of<N>(y);
+    s.student.largest = larger(s.student.largest, mx);
+    s.largest = larger(s.largest, my);
+    mx -= x_shift;
+    my -= y_shift;
+    if (mx > s.student.top + slack || my > s.top + slack)
+        raise_pair(s, larger(mx, s.student.top), larger(my, s.top), rate);
+    if (power == 2) add_pair_terms<2, REVERSE>(s, x, y, x_shift, y_shift, rate);
+    else if (power == 1) add_pair_terms<1, REVERSE>(s, x, y, x_shift, y_shift, rate);
+    else add_pair_terms<0, REVERSE>(s, x, y, x_shift, y_shift, rate);
 }
 
 // One token of a divergence between p and q, given their base-2 logarithms: its value and its derivative in ln q.

@@ -1,6 +1,6 @@
     // Second pass over a student's and a teacher's row whose normalisers are known: the tail's part of a divergence and
     // of its derivative with respect to the student's normaliser. result: [value, slope].
-    // norms: [student's top, its log2 offset, teacher's top, its log2 offset, 0 ...]: log2 q = (x - top) rate + offset.
+    // norms: [student's top, its offset, teacher's top, its offset]: ln q = (x - top) / T + offset.
     const int lid = int(thread_index_in_threadgroup);
     const int lane = int(thread_index_in_simdgroup);
     const int group = int(simdgroup_index_in_threadgroup);
@@ -8,8 +8,8 @@
     const DEVICE T* in = z + size_t(row) * size_t(V);
     const DEVICE S* teacher = t + size_t(row) * size_t(V);
     const float rate = par[0] * LOG2E, wp = par[1], wq = par[2], share = par[3];
-    const float x_top = norms[size_t(row) * 8], x_offset = norms[size_t(row) * 8 + 1];
-    const float y_top = norms[size_t(row) * 8 + 2], y_offset = norms[size_t(row) * 8 + 3];
+    const float x_top = norms[size_t(row) * 4], x_offset = norms[size_t(row) * 4 + 1] * LOG2E;
+    const float y_top = norms[size_t(row) * 4 + 2], y_offset = norms[size_t(row) * 4 + 3] * LOG2E;
     int lead = lead_in<W>(in, V);
     if (lead_in<W>(teacher, V) != lead) lead = V;
     const int vectors = (V - lead) / W;

@@ -1,16 +1,20 @@
-    // Vector-Jacobian product of pair_sums and pair_divergence: two reads and one write of the row.
-    // coefficients: [hard, soft, gap, teacher, term, student's top, its log2 offset, teacher's top, its log2 offset, 0 ...]
-    //   dz = hard exp(d) + (soft + gap (x - y)) exp(d / T) + teacher exp((y - teacher's top) / T) + term slope(p, q)
-    // FORM 0: no gap and no term. 1: gap. 2: term, mixture. 3: term, total variation.
+    // With x and y the scores less the tops of their rows,
+    //   dz = hard exp(x) + (soft + gap (x - y)) exp(x / T) + teacher exp(y / T) + term slope(p, q),
+    // the label's entry added to, the head's entries set. Two reads and one write of the row; rows whose weights are 0
+    // are not read. FORM 0: no gap, no term. 1: gap. 2: term of a mixture. 3: term of the total variation.
+    // coefficients: [hard, soft, gap, teacher, term, 0, 0, 0]; norms: as in pair_divergence.
     const int lid = int(thread_index_in_threadgroup);
     const int row = int(threadgroup_position_in_grid.x);
     const DEVICE T* in = z + size_t(row) * size_t(V);
     const DEVICE S* teacher = t + size_t(row) * size_t(V);
     DEVICE T* out = dz + size_t(row) * size_t(V);
     const float rate = par[0] * LOG2E, wp = par[1], wq = par[2], share = par[3];
-    const DEVICE float* c = coefficients + size_t(row) * 16;
+    const DEVICE float* c = coefficients + size_t(row) * 8;
     const float hard = c[0], soft = c[1], gap = c[2], weight = c[3], term = c[4];
-    const float x_top = c[5], x_offset = c[6], y_top = c[7], y_offset = c[8];
+    const bool idle = hard == 0.0f && soft == 0.0f && gap == 0.0f && weight == 0.0f && term == 0.0f;
+    const DEVICE float* norm = norms + size_t(row) * 4;
+    const float x_top = norm[0], x_offset = norm[1] * LOG2E, y_top = norm[2], y_offset = norm[3] * LOG2E;
+    const int power = whole_temperature(par[0]);
     const int marked = labels[row];
     const float marked_slope = d_label[row];
     int lead = lead_in<W>(in, V);
@@ -19,7 +23,7 @@
     const int rest = lead + vectors * W;
     for (int i = lid; i < lead + V - rest; i += TG) {
         int column = i < lead ? i : i - lead + rest;
-        float x = float(in[column]), y = float(teacher[column]);
+        float x = idle ? 0.0f : float(in[column]), y = idle ? 0.0f : float(teacher[column]);
 #include "pair_slope.metal"
         out[column] = T(column == marked ? g + marked_slope : g);
     }
@@ -28,7 +32,7 @@
 #pragma unroll
         for (int u = 0; u < U; u++) {
             int v = v0 + u * TG;
-            if (v < vectors) {
+            if (v < vectors && !idle) {
                 load_vector<W, HINT>(in + lead + v * W, xs + u * W);
                 load_vector<W, HINT>(teacher + lead + v * W, ys + u * W);
             }

@@ -1,7 +1,7 @@
-    // tail_sums for a student's row z and a teacher's row t together, and the sums that forward and reverse KL need.
-    // stats: [ln sum exp x, ln sum exp (x / T), ln sum exp (y / T), mean of y under the teacher's tail,
-    //         mean of y - x under it, mean of x - y under the student's tail, 0, 0,
-    //         student's top, log2 of both sums below it, teacher's top, log2 of the sum below it, 0, 0, 0].
+    // tail_sums for a student's row z and a teacher's row t together, and the means that KL divergences need.
+    // stats: [student's largest, ln sum exp(x), ln sum exp(x / T), teacher's largest, ln sum exp(y / T),
+    //         mean of y, mean of y - x (both under the teacher's tail), mean of x - y (under the student's tail)],
+    // x and y the scores less the largest of their row's tail.
     const int lid = int(thread_index_in_threadgroup);
     const int lane = int(thread_index_in_simdgroup);
     const int group = int(simdgroup_index_in_threadgroup);
@@ -9,11 +9,13 @@
     const DEVICE T* in = z + size_t(row) * size_t(V);
     const DEVICE S* teacher = t + size_t(row) * size_t(V);
     const float inverse = par[0], rate = inverse * LOG2E, slack = slack_for(inverse);
+    const int power = whole_temperature(inverse);
     int lead = lead_in<W>(in, V);
     if (lead_in<W>(teacher, V) != lead) lead = V;
     const int vectors = (V - lead) / W;
     const int rest = lead + vectors * W;
 #include "mark_head.metal"
+    const float x_shift = shift_for(float(in[0])), y_shift = shift_for(float(teacher[0]));
     PairSums sums = no_pair_sums();
     for (int i = lid; i < lead + V - rest; i += TG) {
         int column = i < lead ? i : i - lead + rest;
@@ -26,7 +28,7 @@
         float x[1], y[1];
         x[0] = out ? LOWEST : float(in[column]);
         y[0] = out ? LOWEST : float(teacher[column]);
-        add_pair<1, POWER, HARD, REVERSE>(sums, x, y, rate, slack);
+        add_pair<REVERSE>(sums, x, y, x_shift, y_shift, rate, slack, power);
     }
     for (int v0 = lid; v0 < vectors; v0 += TG * U) {
         float x[U * W], y[U * W];
@@ -56,62 +58,54 @@
                 }
             }
         }
-        add_pair<U * W, POWER, HARD, REVERSE>(sums, x, y, rate, slack);
+        add_pair<REVERSE>(sums, x, y, x_shift, y_shift, rate, slack, power);
     }
-    SHARED(float, partial, 8 * 32);
+    SHARED(float, partial, 10 * 32);
     raise_pair(sums, simd_max(sums.student.top), simd_max(sums.top), rate);
-    sums.student.hard = simd_sum(sums.student.hard);
-    sums.student.soft = simd_sum(sums.student.soft);
-    sums.soft = simd_sum(sums.soft);
-    sums.mean = simd_sum(sums.mean);
-    sums.forward = simd_sum(sums.forward);
-    sums.reverse = simd_sum(sums.reverse);
+    float parts[10];
+    parts[0] = sums.student.top;
+    parts[1] = sums.top;
+    parts[2] = simd_max(sums.student.largest);
+    parts[3] = simd_max(sums.largest);
+    parts[4] = simd_sum(sums.student.hard);
+    parts[5] = simd_sum(sums.student.soft);
+    parts[6] = simd_sum(sums.soft);
+    parts[7] = simd_sum(sums.mean);
+    parts[8] = simd_sum(sums.forward);
+    parts[9] = simd_sum(sums.reverse);
     if (lane == 0) {
-        partial[group] = sums.student.top;
-        partial[group + 32] = sums.student.hard;
-        partial[group + 64] = sums.student.soft;
-        partial[group + 96] = sums.top;
-        partial[group + 128] = sums.soft;
-        partial[group + 160] = sums.mean;
-        partial[group + 192] = sums.forward;
-        partial[group + 224] = sums.reverse;
+#pragma unroll
+        for (int i = 0; i < 10; i++) partial[i * 32 + group] = parts[i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (group == 0) {
-        bool mine = lane < TG / 32;
-        sums.student.top = mine ? partial[lane] : LOWEST;
-        sums.student.hard = mine ? partial[lane + 32] : 0.0f;
-        sums.student.soft = mine ? partial[lane + 64] : 0.0f;
-        sums.top = mine ? partial[lane + 96] : LOWEST;
-        sums.soft = mine ? partial[lane + 128] : 0.0f;
-        sums.mean = mine ? partial[lane + 160] : 0.0f;
-        sums.forward = mine ? partial[lane + 192] : 0.0f;
-        sums.reverse = mine ? partial[lane + 224] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 10; i++) parts[i] = lane < TG / 32 ? partial[i * 32 + lane] : (i < 4 ? LOWEST : 0.0f);
+        sums.student.top = parts[0];
+        sums.top = parts[1];
+        sums.student.hard = parts[4];
+        sums.student.soft = parts[5];
+        sums.soft = parts[6];
+        sums.mean = parts[7];
+        sums.forward = parts[8];
+        sums.reverse = parts[9];
         raise_pair(sums, simd_max(sums.student.top), simd_max(sums.top), rate);
-        sums.student.hard = simd_sum(sums.student.hard);
-        sums.student.soft = simd_sum(sums.student.soft);
-        sums.soft = simd_sum(sums.soft);
-        sums.mean = simd_sum(sums.mean);
-        sums.forward = simd_sum(sums.forward);
-        sums.reverse = simd_sum(sums.reverse);
-        bool empty = sums.student.soft == 0.0f;
-        float hard = HARD && !empty ? metal::log2(sums.student.hard) : 0.0f;
-        float soft = !empty ? metal::log2(sums.student.soft) : 0.0f;
-        float other = !empty ? metal::log2(sums.soft) : 0.0f;
-        if (lane < 16) {
+        float x_largest = simd_max(parts[2]), y_largest = simd_max(parts[3]);
+        float hard = simd_sum(sums.student.hard), soft = simd_sum(sums.student.soft), other = simd_sum(sums.soft);
+        float mean = simd_sum(sums.mean), forward = simd_sum(sums.forward), reverse = simd_sum(sums.reverse);
+        bool empty = soft == 0.0f;
+        float x_top = x_largest - x_shift, y_top = y_largest - y_shift;
+        if (lane < 8) {
             float value = 0.0f;
-            if (lane == 0 && HARD) value = empty ? LOWEST : sums.student.top + hard * LN2;
-            if (lane == 1) value = empty ? LOWEST : sums.student.top * inverse + soft * LN2;
-            if (lane == 2) value = empty ? LOWEST : sums.top * inverse + other * LN2;
-            if (lane == 3) value = empty ? 0.0f : sums.mean / sums.soft;
-            if (lane == 4) value = empty ? 0.0f : sums.forward / sums.soft;
-            if (lane == 5) value = empty ? 0.0f : sums.reverse / sums.student.soft;
-            if (lane == 8) value = sums.student.top;
-            if (lane == 9) value = hard;
-            if (lane == 10) value = soft;
-            if (lane == 11) value = sums.top;
-            if (lane == 12) value = other;
-            stats[size_t(row) * 16 + size_t(lane)] = value;
+            if (lane == 0) value = x_largest;
+            if (lane == 1) value = metal::log(hard) + sums.student.top - x_top;
+            if (lane == 2) value = metal::log(soft) + (sums.student.top - x_top) * inverse;
+            if (lane == 3) value = y_largest;
+            if (lane == 4) value = metal::log(other) + (sums.top - y_top) * inverse;
+            if (lane == 5) value = mean / other - y_top;
+            if (lane == 6) value = forward / other - (y_top - x_top);
+            if (lane == 7) value = REVERSE ? reverse / soft - (x_top - y_top) : 0.0f;
+            stats[size_t(row) * 8 + size_t(lane)] = empty && lane != 0 && lane != 3 ? 0.0f : value;
         }
     }
     for (int i = lid; i < K; i += TG) {

@@ -1,11 +1,12 @@
-    // Log-sum-exp of a row at T = 1 and at T over the columns outside the head, and the head's and the label's scores.
-    // One read of the row. stats: [ln sum exp, ln sum exp (x / T), top, log2 of both sums below top, 0, 0, 0].
+    // The largest score outside the head, the log sums of exp(x - largest) and exp((x - largest) / T) there, and the
+    // scores of the head and the label. One read of the row. stats: [largest, ln sum, ln sum at T, 0].
     const int lid = int(thread_index_in_threadgroup);
     const int lane = int(thread_index_in_simdgroup);
     const int group = int(simdgroup_index_in_threadgroup);
     const int row = int(threadgroup_position_in_grid.x);
     const DEVICE T* in = z + size_t(row) * size_t(V);
     const float inverse = par[0], rate = inverse * LOG2E, slack = slack_for(inverse);
+    const int power = whole_temperature(inverse);
     const int lead = lead_in<W>(in, V);
     const int vectors = (V - lead) / W;
     const int rest = lead + vectors * W;
@@ -21,7 +22,7 @@
         }
         float x[1];
         x[0] = out ? LOWEST : float(in[column]);
-        add_scores<1, POWER, HARD>(sums, x, rate, slack);
+        add_scores(sums, x, rate, slack, power);
     }
     for (int v0 = lid; v0 < vectors; v0 += TG * U) {
         float x[U * W];
@@ -48,38 +49,36 @@
                 }
             }
         }
-        add_scores<U * W, POWER, HARD>(sums, x, rate, slack);
+        add_scores(sums, x, rate, slack, power);
     }
-    SHARED(float, tops, 32);
-    SHARED(float, hards, 32);
-    SHARED(float, softs, 32);
+    SHARED(float, partial, 4 * 32);
     raise_top(sums, simd_max(sums.top), rate);
     sums.hard = simd_sum(sums.hard);
     sums.soft = simd_sum(sums.soft);
+    sums.largest = simd_max(sums.largest);
     if (lane == 0) {
-        tops[group] = sums.top;
-        hards[group] = sums.hard;
-        softs[group] = sums.soft;
+        partial[group] = sums.top;
+        partial[group + 32] = sums.hard;
+        partial[group + 64] = sums.soft;
+        partial[group + 96] = sums.largest;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (group == 0) {
-        sums.top = lane < TG / 32 ? tops[lane] : LOWEST;
-        sums.hard = lane < TG / 32 ? hards[lane] : 0.0f;
-        sums.soft = lane < TG / 32 ? softs[lane] : 0.0f;
+        bool mine = lane < TG / 32;
+        sums.top = mine ? partial[lane] : LOWEST;
+        sums.hard = mine ? partial[lane + 32] : 0.0f;
+        sums.soft = mine ? partial[lane + 64] : 0.0f;
         raise_top(sums, simd_max(sums.top), rate);
-        sums.hard = simd_sum(sums.hard);
-        sums.soft = simd_sum(sums.soft);
-        if (lane < 8) {
-            bool empty = sums.soft == 0.0f;
-            float hard = HARD && !empty ? metal::log2(sums.hard) : 0.0f;
-            float soft = !empty ? metal::log2(sums.soft) : 0.0f;
+        float hard = simd_sum(sums.hard), soft = simd_sum(sums.soft);
+        float largest = simd_max(mine ? partial[lane + 96] : LOWEST);
+        bool empty = soft == 0.0f;
+        float below = sums.top - largest;
+        if (lane < 4) {
             float value = 0.0f;
-            if (lane == 0 && HARD) value = empty ? LOWEST : sums.top + hard * LN2;
-            if (lane == 1) value = empty ? LOWEST : sums.top * inverse + soft * LN2;
-            if (lane == 2) value = sums.top;
-            if (lane == 3) value = hard;
-            if (lane == 4) value = soft;
-            stats[size_t(row) * 8 + size_t(lane)] = value;
+            if (lane == 0) value = largest;
+            if (lane == 1) value = empty ? 0.0f : metal::log(hard) + below;
+            if (lane == 2) value = empty ? 0.0f : metal::log(soft) + below * inverse;
+            stats[size_t(row) * 4 + size_t(lane)] = value;
         }
     }
     for (int i = lid; i < K; i += TG) {

@@ -1,12 +1,14 @@
-    // Vector-Jacobian product of tail_sums. One read and one write of the row, then the head's entries are set.
-    // coefficients: [hard, soft, top, 0 ...] with hard / T = 1 sum and soft / (T * sum at T) folded in.
+    // dz = hard exp(x - top) + soft exp((x - top) / T), the label's entry added to, the head's entries set.
+    // One read and one write of the row; rows whose weights are 0 are not read. coefficients: [hard, soft, top, 0].
     const int lid = int(thread_index_in_threadgroup);
     const int row = int(threadgroup_position_in_grid.x);
     const DEVICE T* in = z + size_t(row) * size_t(V);
     DEVICE T* out = dz + size_t(row) * size_t(V);
     const float rate = par[0] * LOG2E;
-    const float hard = coefficients[size_t(row) * 8], soft = coefficients[size_t(row) * 8 + 1];
-    const float top = coefficients[size_t(row) * 8 + 2];
+    const int power = whole_temperature(par[0]);
+    const float hard = coefficients[size_t(row) * 4], soft = coefficients[size_t(row) * 4 + 1];
+    const float top = coefficients[size_t(row) * 4 + 2];
+    const bool idle = hard == 0.0f && soft == 0.0f;
     const int marked = labels[row];
     const float marked_slope = d_label[row];
     int lead = lead_in<W>(in, V);
@@ -15,17 +17,16 @@
     const int rest = lead + vectors * W;
     for (int i = lid; i < lead + V - rest; i += TG) {
         int column = i < lead ? i : i - lead + rest;
-        float d = float(in[column]) - top;
-        float u = exp2_fast(d * rate);
-        float g = soft * u;
-        if (HARD) g += hard * exp_hard<POWER>(d, u);
-        out[column] = T(column == marked ? g + marked_slope : g);
+        float x = idle ? 0.0f : float(in[column]);
+        float g[1] = {0.0f};
+        if (!idle) tail_slopes<0>(g, &x, top, rate, soft, hard);
+        out[column] = T(column == marked ? g[0] + marked_slope : g[0]);
     }
     for (int v0 = lid; v0 < vectors; v0 += TG * U) {
         float x[U * W];
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (v0 + u * TG < vectors) load_vector<W, HINT>(in + lead + (v0 + u * TG) * W, x + u * W);
+            if (v0 + u * TG < vectors && !idle) load_vector<W, HINT>(in + lead + (v0 + u * TG) * W, x + u * W);
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
@@ -33,11 +34,9 @@
             if (v >= vectors) continue;
             float g[W];
 #pragma unroll
-            for (int j = 0; j < W; j++) {
-                float d = x[u * W + j] - top;
-                float e = exp2_fast(d * rate);
-                g[j] = soft * e;
-                if (HARD) g[j] += hard * exp_hard<POWER>(d, e);
+            for (int j = 0; j < W; j++) g[j] = 0.0f;
+            if (!idle) {
+                BY_POWER(power, tail_slopes, g, x + u * W, top, rate, soft, hard);
             }
             int column = lead + v * W;
             if (uint(marked - column) < uint(W)) {

@@ -1,0 +1,253 @@
+"""The five row functions of the losses (`losses.chunk.RowOps`) on kernels.
+
+This module has the interface of `losses.rows` and gives the same numbers within rounding. Gradient rows come
+in the logits' own type. Arrays that no kernel takes go to `losses.rows`.
+"""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from pmetal_distill.kernels import pair, row
+from pmetal_distill.losses import rows as plain
+from pmetal_distill.losses.divergences import Divergence, Events, Terms
+from pmetal_distill.losses.rows import DenseStatistics, SparseStatistics
+from pmetal_distill.reductions import row_logsumexp, row_sum
+from pmetal_distill.target import SoftTarget
+
+BY_SUMS = ("forward_kl", "soft_cross_entropy", "reverse_kl")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherRows:
+    """A complete target of a few tokens, as the kernels read it.
+
+    Attributes:
+        logits: [n, V], unnormalised; entries at the head's ids are meaningless.
+        ids: int32 [n, k]; k = 0 for a dense teacher.
+        head: float32 [n, k], log-probabilities at T.
+        tail: float32 [n], log of the mass outside the head at T; 0 for a dense teacher.
+        top: float32 [n], largest of `logits` outside the head.
+        soft: float32 [n], ln of the sum outside the head of exp((logits - top) / T).
+        target: the same, for plain operations.
+    """
+
+    logits: mx.array
+    ids: mx.array
+    head: mx.array
+    tail: mx.array
+    top: mx.array
+    soft: mx.array
+    target: SoftTarget
+
+
+def sparse_statistics(
+    logits: mx.array, ids: mx.array, labels: mx.array, inv_temperature: mx.array
+) -> SparseStatistics:
+    """See `losses.rows.sparse_statistics`."""
+    if not row.usable(logits, ids.shape[-1]):
+        return plain.sparse_statistics(logits, ids, labels, inv_temperature)
+    sums = row.tail_sums(logits, ids, labels, inv_temperature)
+    top, head, lse = _whole_row(sums)
+    return SparseStatistics(top, lse, sums.label - top, head, sums.top - top, sums.soft)
+
+
+def sparse_gradient(
+    logits: mx.array,
+    ids: mx.array,
+    labels: mx.array,
+    inv_temperature: mx.array,
+    statistics: SparseStatistics,
+    *,
+    hard: mx.array,
+    head: mx.array,
+    tail: mx.array,
+) -> mx.array:
+    """See `losses.rows.sparse_gradient`; in the logits' type."""
+    s = statistics
+    if not row.usable(logits, ids.shape[-1]):
+        weights = {"hard": hard, "head": head, "tail": tail}
+        return plain.sparse_gradient(logits, ids, labels, inv_temperature, s, **weights)
+    by_hard = hard * mx.exp(s.tail_top - s.lse)
+    by_soft = tail * mx.exp(-s.tail_lse)
+    return row.tail_slope(
+        logits,
+        ids,
+        labels,
+        inv_temperature,
+        weights=(by_hard, by_soft, s.top + s.tail_top),
+        head=head + hard[:, None] * mx.exp(s.head - s.lse[:, None]),
+        label=-hard,
+    )
+
+
+def teacher_rows(target: SoftTarget) -> TeacherRows:
+    """The second row operand: raw teacher logits and what normalises them (one read of them)."""
+    b = target.inv_temperature
+    if target.kind == "dense":
+        logits = target.logits() if target.source is None or target.head is not None else target.source
+        n = logits.shape[0]
+        ids, head, tail = mx.zeros((n, 0), mx.int32), mx.zeros((n, 0)), mx.zeros((n,))
+    else:
+        assert target.head_ids is not None
+        assert target.head_logprobs is not None
+        assert target.tail_logprobs is not None
+        logits, ids = replace(target, inv_temperature=mx.array(1.0)).tail_scores(), target.head_ids
+        head, tail = target.head_logprobs, target.tail_logprobs
+        n = logits.shape[0]
+    if not row.usable(logits, ids.shape[-1]):
+        return TeacherRows(logits, ids, head, tail, tail, tail, target)
+    sums = row.tail_sums(logits, ids, mx.full((n,), -1, mx.int32), b)
+    return TeacherRows(logits, ids, head, tail, sums.top, sums.soft, target)
+
+
+def dense_statistics(
+    logits: mx.array,
+    teacher: TeacherRows,
+    labels: mx.array,
+    inv_temperature: mx.array,
+    divergence: Divergence,
+) -> DenseStatistics:
+    """See `losses.rows.dense_statistics`."""
+    if not _usable(logits, teacher):
+        plain_teacher = plain.teacher_rows(teacher.target)
+        return plain.dense_statistics(logits, plain_teacher, labels, inv_temperature, divergence)
+    b, t = inv_temperature, teacher
+    reverse = divergence.name == "reverse_kl"
+    sums, other = pair.pair_sums(logits, t.logits, t.ids, labels, b, reverse=reverse)
+    top, head, lse = _whole_row(sums)
+    soft_lse = mx.logaddexp(sums.soft + (sums.top - top) * b, _logsumexp(head * b))
+    norms = _norms(top, soft_lse, t)
+    if divergence.name in BY_SUMS:
+        value, slope = _by_sums(sums, other, t, norms, b, divergence.name)
+    else:
+        value, slope = pair.pair_divergence(logits, t.logits, t.ids, b, norms, weights=_weights(divergence))
+        value = value + _balance(sums, t, norms, b, divergence)
+    terms = _head_terms(head, soft_lse, t, b, divergence)
+    return DenseStatistics(
+        top, lse, sums.label - top, soft_lse, value + row_sum(terms.value), slope + row_sum(terms.slope)
+    )
+
+
+def dense_gradient(
+    logits: mx.array,
+    teacher: TeacherRows,
+    labels: mx.array,
+    inv_temperature: mx.array,
+    statistics: DenseStatistics,
+    divergence: Divergence,
+    *,
+    hard: mx.array,
+    soft: mx.array,
+) -> mx.array:
+    """See `losses.rows.dense_gradient`; in the logits' type."""
+    s, t, b = statistics, teacher, inv_temperature
+    if not _usable(logits, teacher):
+        plain_teacher = plain.teacher_rows(teacher.target)
+        return plain.dense_gradient(logits, plain_teacher, labels, b, s, divergence, hard=hard, soft=soft)
+    norms = _norms(s.top, s.soft_lse, t)
+    soft = soft * b
+    head = mx.take_along_axis(logits, t.ids, axis=-1).astype(mx.float32) - s.top[:, None]
+    terms = _head_terms(head, s.soft_lse, t, b, divergence)
+    q_head = mx.exp(head * b - s.soft_lse[:, None])
+    at_head = soft[:, None] * (terms.slope - q_head * s.slope[:, None])
+    return pair.pair_slope(
+        logits,
+        t.logits,
+        t.ids,
+        labels,
+        b,
+        norms,
+        _pair_weights(s, norms, t, b, divergence, soft)._replace(hard=hard * mx.exp(-s.lse)),
+        divergence=_weights(divergence),
+        head=at_head + hard[:, None] * mx.exp(head - s.lse[:, None]),
+        label=-hard,
+    )
+
+
+def _usable(logits: mx.array, t: TeacherRows) -> bool:
+    return row.usable(logits, t.ids.shape[-1]) and row.usable(t.logits, t.ids.shape[-1])
+
+
+def _whole_row(sums: row.TailSums) -> tuple[mx.array, mx.array, mx.array]:
+    """The row's largest logit, the head relative to it, and the row's log sum relative to it."""
+    if not sums.head.shape[-1]:
+        return sums.top, sums.head, sums.hard
+    top = mx.maximum(sums.top, sums.head.max(axis=-1))
+    head = sums.head - top[:, None]
+    return top, head, mx.logaddexp(sums.hard + sums.top - top, row_logsumexp(head))
+
+
+def _logsumexp(scores: mx.array) -> mx.array:
+    return row_logsumexp(scores) if scores.shape[-1] else mx.full(scores.shape[:1], -1.0e30)
+
+
+def _norms(top: mx.array, soft_lse: mx.array, t: TeacherRows) -> pair.PairNorms:
+    return pair.PairNorms(top, -soft_lse, t.top, t.tail - t.soft)
+
+
+def _weights(divergence: Divergence) -> pair.Weights | None:
+    """The mixture that the kernels need for a divergence; None for total variation and those made of sums."""
+    p = divergence.parameter or 0.0
+    mixtures = {
+        "jensen_shannon": (p, 1.0 - p, p),
+        "skewed_forward_kl": (1.0, 0.0, p),
+        "skewed_reverse_kl": (0.0, 1.0, 1.0 - p),
+    }
+    return mixtures.get(divergence.name)
+
+
+def _head_terms(
+    head: mx.array, soft_lse: mx.array, t: TeacherRows, b: mx.array, divergence: Divergence
+) -> Terms:
+    lq = head * b - soft_lse[:, None]
+    return divergence.terms(mx, Events(t.head, mx.exp(t.head), lq, mx.exp(lq)))
+
+
+def _by_sums(
+    sums: row.TailSums,
+    other: pair.TeacherSums,
+    t: TeacherRows,
+    norms: pair.PairNorms,
+    b: mx.array,
+    name: str,
+) -> tuple[mx.array, mx.array]:
+    """Value and slope outside the head of the divergences that are made of means, [n] each."""
+    below = (sums.top - norms.student_top) * b + norms.student_offset  # ln q of the tail's largest
+    p, q = mx.exp(t.tail), mx.exp(below + sums.soft)
+    if name == "soft_cross_entropy":
+        return -p * ((other.mean - other.forward_gap) * b + below), -p
+    if name == "forward_kl":
+        gap = other.forward_gap * b + norms.teacher_offset - below
+        return p * gap + (q - p), -p
+    value = q * (other.reverse_gap * b + below - norms.teacher_offset)
+    return value + (p - q), value + q
+
+
+def _balance(
+    sums: row.TailSums, t: TeacherRows, norms: pair.PairNorms, b: mx.array, divergence: Divergence
+) -> mx.array:
+    """What the skewed divergences add to each token so that all additions cancel: its sum over the tail."""
+    p = mx.exp(t.tail)
+    q = mx.exp((sums.top - norms.student_top) * b + norms.student_offset + sums.soft)
+    share = 1.0 - (divergence.parameter or 0.0)
+    signs = {"skewed_forward_kl": share, "skewed_reverse_kl": -share}
+    return signs.get(divergence.name, 0.0) * (q - p)
+
+
+def _pair_weights(
+    s: DenseStatistics,
+    norms: pair.PairNorms,
+    t: TeacherRows,
+    b: mx.array,
+    divergence: Divergence,
+    soft: mx.array,
+) -> pair.PairWeights:
+    q = mx.exp(norms.student_offset)
+    through = -soft * s.slope * q
+    if divergence.name in ("forward_kl", "soft_cross_entropy"):
+        return pair.PairWeights(soft, through, teacher=-soft * mx.exp(norms.teacher_offset))
+    if divergence.name == "reverse_kl":
+        constant = norms.student_offset - norms.teacher_offset + 1.0
+        return pair.PairWeights(soft, through + soft * q * constant, gap=soft * q * b)
+    return pair.PairWeights(soft, through, term=soft)
