@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from pipeline.data.documents import MEND, Document, Message
 from schemas.errors import DataError, ModelError, UsageError
 
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a key of transformers' own
+
 
 class Tokenizer(Protocol):
     """What is used of mlx-lm's `TokenizerWrapper` or of a tokenizer of transformers."""
@@ -73,7 +75,10 @@ def tokenize(document: Document, tokenizer: Tokenizer, *, mask_prompt: bool = Fa
 def tokenize_all(
     documents: Iterable[Document], tokenizer: Tokenizer, *, mask_prompt: bool = False
 ) -> Iterator[TokenizedDocument]:
-    """`tokenize` over a stream."""
+    """`tokenize` over a stream, without transformers' warning about long documents: they are cut later."""
+    warned = getattr(tokenizer, "deprecation_warnings", None)
+    if isinstance(warned, dict):
+        warned[_TOO_LONG] = True
     for document in documents:
         yield tokenize(document, tokenizer, mask_prompt=mask_prompt)
 

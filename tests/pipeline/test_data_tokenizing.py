@@ -1,5 +1,6 @@
 """Tokenizing: the tokens of mlx-lm's own data sets, for every shape of record."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,15 @@ def test_tokenizer_without_end_of_text(tmp_path: Path) -> None:
 def test_stream_keeps_order(tokenizer: Any) -> None:
     documents = [Document(kind="text", source="a", line=i, text=f"{i}") for i in range(1, 5)]
     assert [tokens.line for tokens in tokenize_all(iter(documents), tokenizer)] == [1, 2, 3, 4]
+
+
+def test_long_documents_raise_no_alarm(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("transformers.tokenization_utils_base")
+    log.addHandler(caplog.handler)
+    try:
+        document = Document(kind="text", source="a", text="A teacher writes. " * 400)
+        (tokens,) = tokenize_all([document], tokenizer)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert len(tokens.token_ids) > tokenizer.model_max_length
+    assert caplog.records == []
