@@ -50,7 +50,9 @@ def _block(block: np.ndarray, kind: str) -> bytes:
     return scale.tobytes() + low.tobytes() + _pack(_steps(block, low, scale, 0, 15))
 
 
-def _steps(block: np.ndarray, low: float, scale: np.float16, smallest: int, largest: int) -> np.ndarray:
+def _steps(
+    block: np.ndarray, low: float | np.floating[Any], scale: np.float16, smallest: int, largest: int
+) -> np.ndarray:
     return np.clip(np.round((block - np.float32(low)) / max(float(scale), 1e-8)), smallest, largest)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 _READ_BYTES = 1 << 22
-# Parts of tokenizer.json that decide which ids a text gets. Truncation and padding are per call, the decoder
-# is for the way back.
-_BACKEND_PARTS = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+_ADDED_TOKEN_KEYS = ("id", "content", "single_word", "lstrip", "rstrip")
+# Settings of a BPE model that play no part if each of the 256 bytes has a token.
+_UNKNOWN_KEYS = ("unk_token", "fuse_unk", "byte_fallback")
+_NUM_BYTES = 256
 # Keys of config.json that say nothing about the function the weights compute.
 _CONFIG_ASIDES = (
     "_name_or_path",
@@ -39,12 +40,63 @@ def chat_template_fingerprint(tokenizer: Any) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """The parts of tokenizer.json that decide ids, in one canonical form."""
+    """All of tokenizer.json that decides ids, in one canonical form.
+
+    Left out is what files of the same tokenizer differ in without giving other ids: truncation and padding
+    (per call), the decoder and the flag `special` (for the way back), offsets, and whether an added token is
+    listed in the model's vocabulary too.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python: its vocabulary and its class are what can be had
         return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = json.loads(backend.to_str())
-    return {part: content.get(part) for part in _BACKEND_PARTS}
+    normalizer = content.get("normalizer")
+    added_keys = (*_ADDED_TOKEN_KEYS, "normalized") if normalizer else _ADDED_TOKEN_KEYS
+    around = [_around(step) for step in _steps(content.get("post_processor"), "processors")]
+    return {
+        "vocabulary": backend.get_vocab(with_added_tokens=True),
+        "model": _model_identity(content["model"]),
+        "normalizer": normalizer,
+        "pre_tokenizer": _steps(content.get("pre_tokenizer"), "pretokenizers"),
+        "post_processor": [step for step in around if step is not None],
+        "added_tokens": [{key: token[key] for key in added_keys} for token in content["added_tokens"]],
+    }
+
+
+def _model_identity(model: dict[str, Any]) -> dict[str, Any]:
+    identity = {
+        key: value for key, value in model.items() if key != "vocab" and value not in (None, "", False)
+    }
+    vocabulary = model.get("vocab")
+    if model.get("type") == "BPE" and isinstance(vocabulary, dict):
+        if sum(len(token) == 1 for token in vocabulary) >= _NUM_BYTES:
+            identity = {key: value for key, value in identity.items() if key not in _UNKNOWN_KEYS}
+    elif vocabulary is not None:  # Unigram: tokens with their scores
+        identity["vocab"] = vocabulary
+    return identity
+
+
+def _around(step: dict[str, Any]) -> Any:
+    """What a post-processor puts around a text: the ids before and behind it; None for nothing."""
+    if step["type"] == "ByteLevel":
+        return None
+    if step["type"] != "TemplateProcessing":
+        return step
+    special = step["special_tokens"]
+    pieces = [
+        special[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else "text"
+        for piece in step["single"]
+    ]
+    return None if pieces == ["text"] else pieces
+
+
+def _steps(part: dict[str, Any] | None, nested: str) -> list[dict[str, Any]]:
+    """A sequence of steps, flattened, without what only moves offsets."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for inner in part[nested] for step in _steps(inner, nested)]
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
 def compare_tokenizers(first: Any, second: Any, *, limit: int = 5) -> list[str]:
@@ -71,7 +123,9 @@ def _vocabulary_differences(first: dict[str, int], second: dict[str, int]) -> It
         yield f"{len(first)} tokens in the one, {len(second)} in the other"
     ids = {token: (first.get(token), second.get(token)) for token in first.keys() | second.keys()}
     differing = [(token, pair) for token, pair in ids.items() if pair[0] != pair[1]]
-    for token, (a, b) in sorted(differing, key=lambda item: min(i for i in item[1] if i is not None)):
+    for token, (a, b) in sorted(
+        differing, key=lambda item: (min(i for i in item[1] if i is not None), item[0])
+    ):
         yield f"token {token!r} has id {a} in the one, {b} in the other".replace("id None", "no id")
 
 

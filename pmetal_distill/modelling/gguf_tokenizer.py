@@ -150,8 +150,9 @@ def pre_tokenizer(name: str) -> Any:
 
     if name in _GPT2:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
-        return pre_tokenizers.Sequence([*digits, byte_level])
+        if name != "smollm":
+            return byte_level
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     patterns = {**dict.fromkeys(_LLAMA3, (_LLAMA3_SPLIT,)), **dict.fromkeys(_QWEN2, (_QWEN2_SPLIT,))}
     splits = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns.get(name, _DEFAULT_SPLITS)

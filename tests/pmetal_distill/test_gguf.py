@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from pmetal_distill.gguf import RECORD, convert_gguf
 from pmetal_distill.modelling.gguf_format import read_gguf
-from pmetal_distill.modelling.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer
+from pmetal_distill.modelling.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer, write_tokenizer
 from schemas.errors import ModelError, PmetalError, UsageError
 from tests.tiny import SENTENCES, build_tiny_model
 from tests.tiny_gguf import build_tiny_gguf, gguf_parts, quantize, write_gguf
@@ -463,6 +463,21 @@ class TestOutput:
         (tmp_path / "out").mkdir()
         out = convert_gguf(build_tiny_gguf(tmp_path / "m.gguf", folder), tmp_path / "out")
         assert (out / RECORD).is_file()
+
+    def test_another_process_may_be_faster(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = build_tiny_gguf(tmp_path / "m.gguf", folder)
+        theirs = convert_gguf(path, tmp_path / "theirs")
+
+        def publish_theirs(*args: Any, **kwargs: Any) -> int:
+            if theirs.exists():
+                theirs.rename(tmp_path / "out")
+            return write_tokenizer(*args, **kwargs)
+
+        monkeypatch.setattr("pmetal_distill.gguf.write_tokenizer", publish_theirs)
+        assert convert_gguf(path, tmp_path / "out") == tmp_path / "out"
+        assert {entry.name for entry in tmp_path.iterdir()} == {"m.gguf", "out"}
 
     def test_unknown_dtype(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="bfloat16"):
