@@ -1,0 +1,76 @@
+"""Documents that share a sequence do not see each other: packed against separate, and the mask's entries."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmetal_distill.modelling.documents import DocumentMask, holds_one_document
+from tests.zoo import SPLIT, UNSPLIT, array, made, separately, some_tokens
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("name", [*SPLIT, *UNSPLIT])
+    def test_packed_is_separate(self, name: str) -> None:
+        loaded, ids = made(name), some_tokens(3, 24)
+        documents = np.array([[0] * 9 + [1] * 15, [0] * 4 + [1] * 10 + [2] * 10, [7] * 24])
+        expected = separately(loaded.model, ids, documents)
+        for given_documents in (documents, mx.array(documents)):
+            np.testing.assert_allclose(array(loaded.full(ids, given_documents)), expected, atol=1e-4)
+            if loaded.splits:
+                hidden = loaded.hidden(ids, documents=given_documents).final
+                np.testing.assert_allclose(array(loaded.logits(hidden)), expected, atol=1e-4)
+
+    def test_a_model_whose_attention_takes_no_batch_of_masks(self) -> None:
+        assert made("gemma2").anatomy.packing == "rows"
+        assert made("llama").anatomy.packing == "batch"
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**20))
+    def test_any_division_into_documents(self, lengths: list[int], seed: int) -> None:
+        loaded = made("llama windows")
+        documents = np.repeat(np.arange(len(lengths)), lengths)[None]
+        ids = some_tokens(1, documents.shape[1], seed=seed)
+        expected = separately(loaded.model, ids, documents)
+        np.testing.assert_allclose(array(loaded.full(ids, documents)), expected, atol=1e-4)
+
+    def test_layers_do_not_cross_either(self) -> None:
+        loaded, ids = made("llama"), some_tokens(2, 12)
+        documents = np.array([[0] * 5 + [1] * 7] * 2)
+        hidden = loaded.hidden(ids, documents=documents, layers=[1])
+        alone = loaded.hidden(ids[:, 5:], layers=[1])
+        np.testing.assert_allclose(array(hidden.layers[1][:, 5:]), array(alone.layers[1]), atol=1e-4)
+
+    def test_without_documents_windows_hold(self) -> None:
+        loaded, ids = made("llama windows"), some_tokens(1, 20)
+        changed = mx.array(np.where(np.arange(20) == 0, 5, np.array(ids)))
+        np.testing.assert_allclose(array(loaded.full(ids)), array(loaded.model(ids)), atol=1e-4)
+        # Layers 0 and 2 see 4 tokens; what layer 1 sees of token 0 is the difference to an all-windows model.
+        assert np.abs(array(loaded.full(ids) - loaded.full(changed)))[0, -1].max() > 1e-4
+
+    @pytest.mark.parametrize("window", [None, 1, 3])
+    def test_mask_entries(self, window: int | None) -> None:
+        documents = np.array([[0, 0, 1, 1, 1, 0], [4, 4, 4, 4, -1, -1]])
+        found = np.array(DocumentMask(mx.array(documents)).mask(6, window))
+        for row, numbers in enumerate(documents):
+            for query in range(6):
+                for key in range(6):
+                    sees = key <= query and numbers[key] == numbers[query]
+                    sees = sees and (window is None or query - key < window)
+                    assert found[row, 0, query, key] == sees
+
+    @pytest.mark.parametrize(
+        ("documents", "single"),
+        [
+            ([[0, 0, 0]], True),
+            ([[0, 0, 0], [9, 9, 9]], True),
+            ([[2, 2, -1]], True),
+            ([[0, 0, 1]], False),
+            ([[0, -1, 0]], False),
+            ([[-1, 0, 0]], False),
+            ([[0, 0, 0], [0, 1, 1]], False),
+        ],
+    )
+    def test_recognising_single_documents(self, documents: list[list[int]], single: bool) -> None:
+        assert holds_one_document(np.array(documents)) is single
