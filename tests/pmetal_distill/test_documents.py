@@ -1,12 +1,17 @@
 """Documents that share a sequence do not see each other: packed against separate, and the mask's entries."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import RotatingKVCache
 
 from pmetal_distill.modelling.documents import DocumentMask, holds_one_document
+from pmetal_distill.models import wrap_model
+from tests.tiny import random_model, tiny_config
 from tests.zoo import SPLIT, UNSPLIT, array, made, separately, some_tokens
 
 
@@ -48,6 +53,26 @@ class TestDocuments:
         np.testing.assert_allclose(array(loaded.full(ids)), array(loaded.model(ids)), atol=1e-4)
         # Layers 0 and 2 see 4 tokens; what layer 1 sees of token 0 is the difference to an all-windows model.
         assert np.abs(array(loaded.full(ids) - loaded.full(changed)))[0, -1].max() > 1e-4
+
+    def test_windows_that_only_the_cache_imposes(self) -> None:
+        class Windowed(type(random_model(tiny_config()))):  # type: ignore[misc]
+            def make_cache(self) -> list[Any]:
+                return [RotatingKVCache(max_size=8) for _ in self.layers]
+
+        config, ids = tiny_config(), some_tokens(1, 30)
+        model = random_model(config)
+        model.__class__ = Windowed
+        loaded = wrap_model(model, None, config)
+        assert loaded.supports_packing
+
+        def alone(part: mx.array) -> np.ndarray:
+            return array(model(part, cache=model.make_cache()))
+
+        np.testing.assert_allclose(array(loaded.full(ids)), alone(ids), atol=1e-4)
+        documents = np.array([[0] * 13 + [1] * 17])
+        expected = np.concatenate([alone(ids[:, :13]), alone(ids[:, 13:])], axis=1)
+        np.testing.assert_allclose(array(loaded.full(ids, documents)), expected, atol=1e-4)
+        assert np.abs(alone(ids) - array(model(ids))).max() > 1e-2
 
     @pytest.mark.parametrize("window", [None, 1, 3])
     def test_mask_entries(self, window: int | None) -> None:
