@@ -1,4 +1,4 @@
-"""Liger's Triton kernels on the sizes of `benchmarks/kernels.py`, where torch with a GPU and the wheel are."""
+"""Liger's Triton kernels on the sizes of `benchmarks/kernels.py`, if torch has a GPU and the wheel is there."""
 
 import statistics
 from collections.abc import Callable

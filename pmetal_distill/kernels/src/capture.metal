@@ -43,7 +43,7 @@
                 if (simd_sum(n) >= uint(K)) found = attempt;
             }
             if (lane == 0) {
-                state[0] = found;
+                state[0] = found <= BOTTOM_KEY ? 0u : found;  // groups without a score make no floor
                 state[1] = 0xffffffffu;
             }
         }

@@ -138,19 +138,26 @@ FN void raise_pair(THREAD PairSums& s, float student_top, float teacher_top, flo
 template <int POWER, bool REVERSE, int N>
 FN void add_pair_terms(THREAD PairSums& s, const THREAD float (&x)[N], const THREAD float (&y)[N], float x_shift,
                        float y_shift, float rate) {
+    float hard = 0.0f, soft = 0.0f, other = 0.0f, mean = 0.0f, forward = 0.0f, reverse = 0.0f;
 #pragma unroll
     for (int j = 0; j < N; j++) {
         float a = x[j] - x_shift, b = y[j] - y_shift;
         float d = a - s.student.top;
         float u = exp2_fast(d * rate), w = exp2_fast((b - s.top) * rate);
         float gap = b - a;
-        s.student.soft += u;
-        s.student.hard += exp_hard<POWER>(d, u);
-        s.soft += w;
-        s.mean += w * b;
-        s.forward += w * gap;
-        if (REVERSE) s.reverse -= u * gap;
+        soft += u;
+        hard += exp_hard<POWER>(d, u);
+        other += w;
+        mean += w * b;
+        forward += w * gap;
+        if (REVERSE) reverse -= u * gap;
     }
+    s.student.hard += hard;
+    s.student.soft += soft;
+    s.soft += other;
+    s.mean += mean;
+    s.forward += forward;
+    s.reverse += reverse;
 }
 
 template <bool REVERSE, int N>

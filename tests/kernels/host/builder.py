@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).parent
-RUN_TIME = ("V", "K", "D", "TG", "BITS", "CAP", "SAMPLE", "FLOOR_BIT", "KEY_BIT", "ONE")
+RUN_TIME = ("V", "K", "D", "TG", "BITS", "CAP", "SAMPLE", "FLOOR_BIT", "KEY_BIT", "ONE", "GRAIN")
 C_TYPES = {
     mx.float32: "float",
     mx.float16: "float16_t",
@@ -30,7 +30,8 @@ C_TYPES = {
     mx.uint32: "uint32_t",
 }
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fno-math-errno", "-ffp-contract=off")
-GUARD = mmap.PAGESIZE
+GUARD = 1 << 20  # a multiple of every page size; wide enough for any wrong index of a row
+PAGE = mmap.PAGESIZE
 PATTERN = 0xA5
 
 
@@ -61,7 +62,7 @@ class GuardedArray:
     """Memory between two inaccessible pages; bytes around the array hold a pattern that `check` looks for."""
 
     def __init__(self, nbytes: int, itemsize: int, shift: int | None) -> None:
-        body = -(-(nbytes + (shift or 0) * itemsize + 64) // GUARD) * GUARD
+        body = -(-(nbytes + (shift or 0) * itemsize + 64) // PAGE) * PAGE
         self.map = mmap.mmap(-1, body + 2 * GUARD)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         libc = ctypes.CDLL(None, use_errno=True)
