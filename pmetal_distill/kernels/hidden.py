@@ -58,7 +58,18 @@ def _rows(n: int) -> mx.array:
     return mx.full((dispatch.SMALLEST_ARRAY,), n, mx.int32)
 
 
-def _slope(s: mx.array, t: mx.array, rows: list[mx.array]) -> mx.array:
+def launch_sums(s: mx.array, t: mx.array) -> mx.array:
+    """The kernel of `hidden_sums`: its four results as the columns of float32 [n, 4]."""
+    constants, groups, threads = _template("feature_sums", s, t)
+    inputs = {"s": s, "t": t, "size": _rows(len(s))}
+    outputs: dispatch.Outputs = {"sums": ((len(s), 4), mx.float32)}
+    return dispatch.launch(
+        "feature_sums", inputs, outputs, template=constants, groups=groups, threads=threads
+    )[0]
+
+
+def launch_slope(s: mx.array, t: mx.array, rows: list[mx.array]) -> mx.array:
+    """The kernel of its gradient, rows[0] (s - t) + rows[1] s + rows[2] t, in the type of s."""
     constants, groups, threads = _template("feature_grad", s, t)
     inputs = {"s": s, "t": t, "coefficients": padded(rows, 4), "size": _rows(len(s))}
     outputs: dispatch.Outputs = {"ds": (s.shape, s.dtype)}
@@ -71,12 +82,7 @@ def _slope(s: mx.array, t: mx.array, rows: list[mx.array]) -> mx.array:
 def _kernel_op() -> Callable[..., Any]:
     @mx.custom_function  # type: ignore[untyped-decorator]
     def op(s: mx.array, t: mx.array) -> tuple[mx.array, ...]:
-        constants, groups, threads = _template("feature_sums", s, t)
-        inputs = {"s": s, "t": t, "size": _rows(len(s))}
-        outputs: dispatch.Outputs = {"sums": ((len(s), 4), mx.float32)}
-        (sums,) = dispatch.launch(
-            "feature_sums", inputs, outputs, template=constants, groups=groups, threads=threads
-        )
+        sums = launch_sums(s, t)
         return tuple(sums[:, i] for i in range(4))
 
     @op.vjp  # type: ignore[untyped-decorator]
@@ -84,8 +90,8 @@ def _kernel_op() -> Callable[..., Any]:
         s, t = primals
         d_square, d_dot, d_student, d_teacher = cotangents
         return (
-            _slope(s, t, [2.0 * d_square, 2.0 * d_student, d_dot]),
-            _slope(t, s, [2.0 * d_square, 2.0 * d_teacher, d_dot]),
+            launch_slope(s, t, [2.0 * d_square, 2.0 * d_student, d_dot]),
+            launch_slope(t, s, [2.0 * d_square, 2.0 * d_teacher, d_dot]),
         )
 
     return op  # type: ignore[no-any-return]
