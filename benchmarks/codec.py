@@ -1,9 +1,9 @@
-"""Bytes per token by column, encode and decode speed of target shards on one thread.
+"""Bytes per token by column; encode and decode speed of target shards, tokens per CPU-second.
 
     python benchmarks/codec.py [CACHE] [--tokens 65536] [--k 16] [--rank 256] [--vocab-size 49152]
 
-Without CACHE: synthetic targets whose statistics resemble SmolLM2-135M (their bytes are not a claim about real
-text; their speed is). With CACHE: the shards of that folder as they lie.
+Without CACHE: synthetic targets whose statistics resemble SmolLM2-135M (their bytes are not a claim about
+real text; their speed is). With CACHE: the shards of that folder as they lie.
 """
 
 import argparse
@@ -59,12 +59,12 @@ def to_parquet(table: pa.Table, codec: Codec, rows_per_group: int) -> bytes:
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """The fastest of a few runs."""
+    """The fastest of a few runs, in CPU time: other work on the machine does not count."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -107,7 +107,7 @@ def report(shards: list[bytes], codec: Codec) -> None:
         seconds = best_seconds(
             lambda rank=rank, columns=columns: read_all(shards, codec, columns=columns, rank=rank)
         )
-        print(f"  decode {what:20s} {tokens / seconds:12,.0f} tokens/s (CRCs verified, one thread)")
+        print(f"  decode {what:20s} {tokens / seconds:12,.0f} tokens/CPU-s (CRCs verified)")
 
 
 def main() -> None:
@@ -133,10 +133,10 @@ def main() -> None:
     table, saturation = encode(targets, rows, codec)
     print(f"{args.tokens} synthetic tokens, {saturation}")
     seconds = best_seconds(lambda: encode(targets, rows, codec), 2)
-    print(f"  encode   {args.tokens / seconds:12,.0f} tokens/s")
+    print(f"  encode   {args.tokens / seconds:12,.0f} tokens/CPU-s")
     for rows_per_group in (2048, 4096, 8192):
         seconds = best_seconds(lambda size=rows_per_group: to_parquet(table, codec, size), 2)
-        print(f"rows per group {rows_per_group}: write {args.tokens / seconds:,.0f} tokens/s")
+        print(f"rows per group {rows_per_group}: write {args.tokens / seconds:,.0f} tokens/CPU-s")
         report([to_parquet(table, codec, rows_per_group)], codec)
 
 
