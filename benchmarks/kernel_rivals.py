@@ -1,4 +1,4 @@
-"""Liger's Triton kernels on the sizes of `benchmarks/kernels.py`, if torch has a GPU and the wheel is there."""
+"""Liger's Triton kernels on the sizes of `benchmarks/kernels.py`, if torch with a GPU and it are there."""
 
 import statistics
 from collections.abc import Callable

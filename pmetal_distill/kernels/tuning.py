@@ -27,6 +27,8 @@ class Shape:
     hint: int = 0
 
 
+# 256 threads on Metal: kernels with many registers may not be launched with more there.
+METAL_SHAPE = Shape(256, 1)
 SHAPES: dict[tuple[str, str], Shape] = {
     ("tail_sums", "cuda"): Shape(512, 2),
     ("tail_sums_grad", "cuda"): Shape(512, 2),
@@ -58,7 +60,7 @@ def shape_for(kernel: str, platform: str, *, length: int, width: int) -> Shape:
     shape = _given.get()
     if shape is not None:
         return shape
-    best = SHAPES.get((kernel, platform), Shape())
+    best = METAL_SHAPE if platform == "metal" else SHAPES.get((kernel, platform), Shape())
     useful = -(-length // (width * 32)) * 32
     return Shape(max(32, min(best.threads, useful)), best.unroll, best.hint)
 

@@ -18,6 +18,22 @@ CUDA_TYPES = {
 }
 
 
+# Names of the namespace that MLX puts a kernel into. Ours must differ: one found there hides the global one.
+TAKEN = """
+namespace mlx::core::cu {
+using Shape = int; using Strides = int;
+template <typename T, int N> struct AlignedVector { T val[N]; };
+template <int N, typename T> __device__ bool is_aligned(T*);
+template <int N, typename T> __device__ int load_vector(const T*, unsigned);
+template <int N, typename T> __device__ int unsafe_load_vector(const T*, unsigned);
+template <int N, typename T> __device__ void store_vector(T*, unsigned, int);
+template <int N, typename T> __device__ void unsafe_store_vector(T*, unsigned, int);
+template <typename T, typename = void> struct Limits {};
+template <typename I> __device__ I elem_to_loc(I);
+}
+"""
+
+
 def toolkit() -> tuple[Path, Path] | None:
     """NVRTC's library and the folder of CUDA's headers, out of NVIDIA's wheels; None without them."""
     spec = util.find_spec("nvidia")
@@ -51,6 +67,7 @@ def generated(
     return "\n".join(
         (
             "typedef int int32_t; typedef unsigned int uint32_t; typedef unsigned long size_t;",
+            TAKEN,
             header,
             "namespace mlx::core::cu {",
             f'extern "C" __global__ void {name}({", ".join(parameters)}) {{',

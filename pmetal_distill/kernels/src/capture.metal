@@ -28,7 +28,7 @@
         float high0 = BOTTOM, high1 = BOTTOM;
         for (int s = lid; (s / 32) * 32 * SAMPLE + s % 32 < vectors; s += TG) {
             float x[W];
-            load_vector<W, 0>(in + lead + ((s / 32) * 32 * SAMPLE + s % 32) * W, x);
+            read_scores<W, 0>(in + lead + ((s / 32) * 32 * SAMPLE + s % 32) * W, x);
             high0 = larger(high0, largest_of<W / 2>(x));
             high1 = larger(high1, largest_of<W / 2>(x + W / 2));
         }
@@ -79,7 +79,7 @@
             for (int u = 0; u < U; u++) {
                 int v = v0 + u * TG;
                 if (v < vectors) {
-                    load_vector<W, HINT>(in + lead + v * W, xs + u * W);
+                    read_scores<W, HINT>(in + lead + v * W, xs + u * W);
                 } else {
 #pragma unroll
                     for (int j = 0; j < W; j++) xs[u * W + j] = BOTTOM;

@@ -18,9 +18,9 @@
     }
     for (int v = lane; v < vectors; v += 32) {
         float x[W], y[W], g[W];
-        load_vector<W, HINT>(a + lead + v * W, x);
-        load_vector<W, HINT>(b + lead + v * W, y);
+        read_scores<W, HINT>(a + lead + v * W, x);
+        read_scores<W, HINT>(b + lead + v * W, y);
 #pragma unroll
         for (int j = 0; j < W; j++) g[j] = c0 * (x[j] - y[j]) + c1 * x[j] + c2 * y[j];
-        store_vector<W, HINT>(out + lead + v * W, g);
+        write_scores<W, HINT>(out + lead + v * W, g);
     }

@@ -19,8 +19,8 @@
     }
     for (int v = lane; v < vectors; v += 32) {
         float x[W], y[W];
-        load_vector<W, HINT>(a + lead + v * W, x);
-        load_vector<W, HINT>(b + lead + v * W, y);
+        read_scores<W, HINT>(a + lead + v * W, x);
+        read_scores<W, HINT>(b + lead + v * W, y);
 #pragma unroll
         for (int j = 0; j < W; j++) {
             square += (x[j] - y[j]) * (x[j] - y[j]);

@@ -36,8 +36,8 @@
         for (int u = 0; u < U; u++) {
             int v = v0 + u * TG;
             if (v < vectors) {
-                load_vector<W, HINT>(in + lead + v * W, x + u * W);
-                load_vector<W, HINT>(teacher + lead + v * W, y + u * W);
+                read_scores<W, HINT>(in + lead + v * W, x + u * W);
+                read_scores<W, HINT>(teacher + lead + v * W, y + u * W);
             }
         }
 #pragma unroll

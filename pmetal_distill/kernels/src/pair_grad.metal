@@ -33,8 +33,8 @@
         for (int u = 0; u < U; u++) {
             int v = v0 + u * TG;
             if (v < vectors && !idle) {
-                load_vector<W, HINT>(in + lead + v * W, xs + u * W);
-                load_vector<W, HINT>(teacher + lead + v * W, ys + u * W);
+                read_scores<W, HINT>(in + lead + v * W, xs + u * W);
+                read_scores<W, HINT>(teacher + lead + v * W, ys + u * W);
             }
         }
 #pragma unroll
@@ -49,7 +49,7 @@
 #include "pair_slope.metal"
                 gs[j] = start + j == marked ? g + marked_slope : g;
             }
-            store_vector<W, HINT>(out + start, gs);
+            write_scores<W, HINT>(out + start, gs);
         }
     }
     if (K > 0) {

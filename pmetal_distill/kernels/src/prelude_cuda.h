@@ -108,7 +108,7 @@ FN uint pack(const THREAD float* x, __half) {
 }
 
 template <int W, int HINT>
-FN void load_vector(const float* from, THREAD float* x) {
+FN void read_scores(const float* from, THREAD float* x) {
 #pragma unroll
     for (int j = 0; j < W; j += 4) {
         uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from + j));
@@ -119,7 +119,7 @@ FN void load_vector(const float* from, THREAD float* x) {
     }
 }
 template <int W, int HINT, typename T>
-FN void load_vector(const T* from, THREAD float* x) {
+FN void read_scores(const T* from, THREAD float* x) {
     if (W == 4) {
         uint2 w = load_words<HINT>(reinterpret_cast<const uint2*>(from));
         unpack(w.x, x, T());
@@ -136,7 +136,7 @@ FN void load_vector(const T* from, THREAD float* x) {
     }
 }
 template <int W, int HINT>
-FN void store_vector(float* to, const THREAD float* x) {
+FN void write_scores(float* to, const THREAD float* x) {
 #pragma unroll
     for (int j = 0; j < W; j += 4) {
         uint4 w = make_uint4(__float_as_uint(x[j]), __float_as_uint(x[j + 1]), __float_as_uint(x[j + 2]),
@@ -145,7 +145,7 @@ FN void store_vector(float* to, const THREAD float* x) {
     }
 }
 template <int W, int HINT, typename T>
-FN void store_vector(T* to, const THREAD float* x) {
+FN void write_scores(T* to, const THREAD float* x) {
     if (W == 4) {
         store_words<HINT>(reinterpret_cast<uint2*>(to), make_uint2(pack(x, T()), pack(x + 2, T())));
         return;

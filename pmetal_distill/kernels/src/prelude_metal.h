@@ -29,12 +29,12 @@ template <int W, typename T>
 FN int lead_in(const DEVICE T*, int) { return 0; }
 
 template <int W, int HINT, typename T>
-FN void load_vector(const DEVICE T* from, THREAD float* x) {
+FN void read_scores(const DEVICE T* from, THREAD float* x) {
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = float(from[j]);
 }
 template <int W, int HINT, typename T>
-FN void store_vector(DEVICE T* to, const THREAD float* x) {
+FN void write_scores(DEVICE T* to, const THREAD float* x) {
 #pragma unroll
     for (int j = 0; j < W; j++) to[j] = T(x[j]);
 }

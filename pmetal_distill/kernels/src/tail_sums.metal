@@ -30,7 +30,7 @@
         for (int u = 0; u < U; u++) {
             int v = v0 + u * TG;
             if (v < vectors) {
-                load_vector<W, HINT>(in + lead + v * W, x + u * W);
+                read_scores<W, HINT>(in + lead + v * W, x + u * W);
             } else {
 #pragma unroll
                 for (int j = 0; j < W; j++) x[u * W + j] = LOWEST;

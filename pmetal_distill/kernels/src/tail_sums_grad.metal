@@ -26,7 +26,7 @@
         float x[U * W];
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (v0 + u * TG < vectors && !idle) load_vector<W, HINT>(in + lead + (v0 + u * TG) * W, x + u * W);
+            if (v0 + u * TG < vectors && !idle) read_scores<W, HINT>(in + lead + (v0 + u * TG) * W, x + u * W);
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
@@ -43,7 +43,7 @@
 #pragma unroll
                 for (int j = 0; j < W; j++) g[j] = column + j == marked ? g[j] + marked_slope : g[j];
             }
-            store_vector<W, HINT>(out + column, g);
+            write_scores<W, HINT>(out + column, g);
         }
     }
     if (K > 0) {

@@ -69,12 +69,12 @@ FN int lead_in(const T* row, int length) {
 }
 
 template <int W, int HINT, typename T>
-FN void load_vector(const T* from, float* x) {
+FN void read_scores(const T* from, float* x) {
     if (reinterpret_cast<size_t>(from) % (W * sizeof(T))) emulator::fail("%s vector read at an unaligned address", "a");
     for (int j = 0; j < W; j++) x[j] = float(from[j]);
 }
 template <int W, int HINT, typename T>
-FN void store_vector(T* to, const float* x) {
+FN void write_scores(T* to, const float* x) {
     if (reinterpret_cast<size_t>(to) % (W * sizeof(T))) emulator::fail("%s vector written at an unaligned address", "a");
     for (int j = 0; j < W; j++) to[j] = T(x[j]);
 }
