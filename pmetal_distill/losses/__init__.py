@@ -14,7 +14,9 @@ from pmetal_distill.losses.functional import (
     total_variation,
 )
 from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.losses.hidden import HiddenAligner, HiddenStateLoss, layer_pairs
 from pmetal_distill.losses.job import TokenRows
+from pmetal_distill.losses.taid import TaidSchedule, TaidState
 
 __all__ = [
     "IGNORE_INDEX",
@@ -22,7 +24,11 @@ __all__ = [
     "Divergence",
     "HeadOptions",
     "HeadParts",
+    "HiddenAligner",
+    "HiddenStateLoss",
     "LossParts",
+    "TaidSchedule",
+    "TaidState",
     "TokenRows",
     "divergence_loss",
     "forward_kl",
@@ -30,6 +36,7 @@ __all__ = [
     "head_loss",
     "head_rows",
     "jensen_shannon",
+    "layer_pairs",
     "reverse_kl",
     "skewed_kl",
     "soft_cross_entropy",

@@ -47,6 +47,13 @@ class RowOps(Protocol):
 PLAIN_OPS = cast(RowOps, plain_rows)
 
 
+def row_ops() -> RowOps:
+    """Kernels where the device has them, else plain operations."""
+    from pmetal_distill.kernels import dispatch, ops  # imports `rows`
+
+    return PLAIN_OPS if dispatch.platform() is None else cast(RowOps, ops)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
     """Tokens whose losses are wanted.
@@ -66,10 +73,20 @@ class Chunk:
     teacher: Any = None
 
     @staticmethod
-    def of(target: SoftTarget, labels: mx.array, divergence: Divergence, ops: RowOps = PLAIN_OPS) -> "Chunk":
-        """The chunk, with the teacher's rows made."""
+    def of(
+        target: SoftTarget, labels: mx.array, divergence: Divergence, ops: RowOps | None = None
+    ) -> "Chunk":
+        """The chunk, with the teacher's rows made; the device's row functions if `ops` is None."""
+        ops = ops or row_ops()
         teacher = ops.teacher_rows(target) if target.complete else None
         return Chunk(target, labels, divergence, ops, teacher)
+
+    def towards(self, logits: mx.array, share: float | mx.array) -> "Chunk":
+        """The chunk with a teacher between the student's logits [n, V] (share 0) and its own (share 1)."""
+        teacher = self.target.rows() / self.target.inv_temperature
+        between = share * teacher + (1 - share) * mx.stop_gradient(logits.astype(mx.float32))
+        target = SoftTarget("dense", self.target.vocab_size, self.target.inv_temperature, source=between)
+        return Chunk.of(target, self.labels, self.divergence, self.ops)
 
     def statistics(self, logits: mx.array) -> Statistics:
         """The row statistics of student logits [n, V]."""

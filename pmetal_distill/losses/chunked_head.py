@@ -5,18 +5,18 @@ chunk. Peak memory is a few chunks of logits and the head's gradient, whatever t
 three head products (two with a frozen head) and a few passes over the logits, as for full logits.
 
 Two back ends: "plain" MLX ops (see `plain`), and "host" (see `host`), NumPy on the CPU, where MLX's `exp`
-    costs some twenty times NumPy's. "auto" takes the host where it can: CPU, not inside `mx.compile`.
+costs some twenty times NumPy's. "auto" takes the host where it can: CPU, not inside `mx.compile`.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
 from pmetal_distill.losses import host, plain
-from pmetal_distill.losses.chunk import IGNORE_INDEX, PLAIN_OPS, RowOps
+from pmetal_distill.losses.chunk import IGNORE_INDEX, RowOps
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.job import (
@@ -40,12 +40,12 @@ class HeadOptions:
     Attributes:
         chunk_tokens: tokens whose logits exist at once; chosen by vocabulary and device if None.
         backend: "plain", "host" or "auto".
-        ops: row functions of the plain back end.
+        ops: row functions of the plain back end; kernels or plain operations, by device, if None.
     """
 
     chunk_tokens: int | None = None
     backend: Backend = "auto"
-    ops: RowOps = PLAIN_OPS
+    ops: RowOps | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -86,14 +86,14 @@ def head_loss(
     *,
     divergence: Divergence | None = None,
     alpha: float | mx.array = 0.5,
+    teacher_share: float | mx.array | None = None,
     counts: tuple[mx.array, mx.array] | None = None,
     options: HeadOptions | None = None,
 ) -> LossParts:
     """alpha T^2 D(teacher, student) + (1 - alpha) cross-entropy, means over tokens, differentiable.
 
-    The gradients of the hidden states and of the head's trained parameters are computed in this call, so do
-    not
-    call it where no gradient is wanted: `head_rows` is for that.
+    The gradients of the hidden states and the head's trained parameters are computed in this call. Where no
+    gradient is wanted, `head_rows` costs a third.
 
     Args:
         hidden: the student's final hidden states [..., d].
@@ -103,6 +103,8 @@ def head_loss(
         mask: [...], how much each token counts, usually 0 or 1; also masks the labels.
         divergence: which one; forward KL if None.
         alpha: weight of the divergence, from 0 to 1.
+        teacher_share: share of the teacher in a mixture with the student, for TAID (see `taid`); slow on the
+            CPU, where only the plain back end mixes. None for the teacher alone.
         counts: divisors of the two sums, where a batch is processed in parts; the masks' sums if None.
         options: chunk size and back end.
 
@@ -110,7 +112,7 @@ def head_loss(
         only `total` carries a gradient.
 
     Raises:
-        UsageError: the divergence has no meaning for this kind of target; the host back end inside
+        UsageError: the divergence, or TAID, has no meaning for this kind of target; the host back end inside
             `mx.compile`.
         IncompatibleError: numbers of tokens differ.
 
@@ -126,6 +128,9 @@ def head_loss(
     soft_count, hard_count = counts or (num_soft, num_hard)
     weight = mx.array(alpha, mx.float32) if isinstance(alpha, float | int) else alpha
     job = _job(head, target, labels, mask, divergence or Divergence(), options)
+    if teacher_share is not None:
+        _check_mixture(target, options)
+        job = replace(job, teacher_share=teacher_share)
     job = job.with_factors(
         soft=weight / (mx.square(target.inv_temperature) * mx.maximum(soft_count, 1e-9)),
         hard=(1.0 - weight) / mx.maximum(hard_count, 1e-9),
@@ -191,7 +196,8 @@ def _differentiable(hidden: mx.array, job: HeadJob, backend: Backend) -> tuple[m
     @mx.custom_function
     def op(hidden: mx.array, *parameters: mx.array) -> tuple[mx.array, ...]:
         bound = job.with_parameters(parameters)
-        run = host.step if choose_backend(hidden, backend) == "host" else plain.step
+        mixed = bound.teacher_share is not None
+        run = plain.step if mixed or choose_backend(hidden, backend) == "plain" else host.step
         result: StepResult = run(hidden, bound)
         soft, hard = (job.mask * result.soft).sum(), (job.mask * result.hard).sum()
         total = job.soft_factor * soft + job.hard_factor * hard
@@ -209,6 +215,16 @@ def _differentiable(hidden: mx.array, job: HeadJob, backend: Backend) -> tuple[m
 
     outputs = cast(tuple[mx.array, ...], op(hidden, *parameters))
     return outputs[0], outputs[1], outputs[2]
+
+
+def _check_mixture(target: SoftTarget, options: HeadOptions) -> None:
+    if not target.complete:
+        raise UsageError(
+            f"TAID needs the teacher's probability of every token, which tail '{target.kind}' does not give; "
+            "use a cache with tail 'sketch', or a live teacher"
+        )
+    if options.backend == "host":
+        raise UsageError("TAID runs on the plain back end only, found backend 'host'; use 'auto'")
 
 
 def _job(

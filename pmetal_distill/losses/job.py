@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX, PLAIN_OPS, RowOps
+from pmetal_distill.losses.chunk import IGNORE_INDEX, RowOps
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.target import SoftTarget
@@ -27,7 +27,9 @@ class HeadJob:
         mask: float32 [N], how much each token counts; 0 for not at all.
         divergence: between teacher and student.
         chunk_tokens: tokens whose logits exist at once.
-        ops: row functions of the plain back end.
+        ops: row functions of the plain back end; the device's if None.
+        teacher_share: below 1, the teacher is mixed with the student (see `taid`); None for the teacher
+            alone.
         soft_factor, hard_factor: scalars; the total is the sum over tokens of
             mask * (soft_factor * divergence + hard_factor * cross-entropy).
     """
@@ -38,7 +40,8 @@ class HeadJob:
     mask: mx.array
     divergence: Divergence
     chunk_tokens: int
-    ops: RowOps = PLAIN_OPS
+    ops: RowOps | None = None
+    teacher_share: float | mx.array | None = None
     soft_factor: mx.array | float = 0.0
     hard_factor: mx.array | float = 0.0
 

@@ -29,6 +29,7 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
         done = [*by_hidden[-1:], *soft[-1:], *hard[-1:], *sums.values()]
         h, chunk = chained_chunk(hidden, job, index, after=done)
         logits = job.parts.logits(h)
+        chunk = chunk if job.teacher_share is None else chunk.towards(logits, job.teacher_share)
         statistics = chunk.statistics(logits)
         rows = _gradient_rows(job, index, chunk, logits, statistics)
         small = rows.astype(h.dtype)
@@ -36,7 +37,7 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
         if "weight" in sums:
             sums["weight"] = sums["weight"] + (small.T @ h).astype(mx.float32)
         if "bias" in sums:
-            sums["bias"] = sums["bias"] + rows.sum(axis=0)
+            sums["bias"] = sums["bias"] + rows.astype(mx.float32).sum(axis=0)
         counts = job.mask[index] > 0
         soft.append(mx.where(counts, chunk.soft(statistics), 0.0))
         hard.append(mx.where(counts, chunk.hard(statistics), 0.0))

@@ -503,3 +503,12 @@ def test_dense_targets_are_not_overwritten() -> None:
         mx.ones(5), options=HeadOptions(backend="host"),
     )  # fmt: skip
     assert np.array_equal(np.array(logits), before)
+
+
+def test_row_functions_follow_the_device() -> None:
+    from pmetal_distill.kernels import dispatch, ops
+    from pmetal_distill.losses.chunk import PLAIN_OPS, row_ops
+
+    assert row_ops() is PLAIN_OPS
+    with dispatch.using(dispatch.METAL):
+        assert row_ops() is ops
