@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.arrays import TargetArrays
+from schemas.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
@@ -83,28 +82,25 @@ class StageOne:
             progress.advance(length)
 
     def _targets(self, states: TeacherStates) -> TargetArrays:
-        spec = self.writer.dataset.target
-        targets = TargetArrays.empty(len(states.token_ids), k=spec.k, num_nodes=spec.num_nodes, rank=0)
-        rows = np.flatnonzero(states.loss_mask)
-        chunk = self.settings.head_chunk
-        for start in range(0, len(rows), chunk):
-            captured = self._capture(states.final[start : start + chunk])
-            for whole, part in zip(targets.parts(), captured.parts(), strict=True):
-                whole[rows[start : start + chunk]] = part
+        """Targets of every position of a sequence; zeros where the prediction is not trained."""
+        captured = self._capture(states)
+        targets = TargetArrays.empty(
+            len(states.token_ids), k=captured.k, num_nodes=captured.num_nodes, rank=captured.rank
+        )
+        for whole, part in zip(targets.parts(), captured.parts(), strict=True):
+            whole[states.loss_mask] = part
         return targets
 
-    def _capture(self, states: Any) -> TargetArrays:
-        import mlx.core as mx
+    def _capture(self, states: TeacherStates) -> TargetArrays:
+        """Targets of the trained positions, their logits made and dropped chunk by chunk."""
+        from pmetal_distill.offline.capture import capture_hidden
 
-        from pmetal_distill.kernels import capture
-
-        spec = self.writer.dataset.target
-        logits = self.teacher.logits(states) if self.teacher.splits else states
-        found = capture(logits, k=spec.k, nodes=spec.curve_nodes)
-        mx.eval(found)
-        return TargetArrays(
-            np.array(found.ids),
-            np.array(found.scores - found.lse[:, None]),
-            np.array(found.curve),
-            np.zeros((len(states), 0), np.float32),
-        )
+        try:
+            return capture_hidden(
+                states.final,
+                self.teacher.logits if self.teacher.splits else lambda logits: logits,
+                self.writer.dataset.target,
+                chunk=self.settings.head_chunk,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"sequence {states.number}: {error}") from error

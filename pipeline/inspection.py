@@ -1,0 +1,149 @@
+"""What is in a cache, and what the teacher said at one position, as text. Costs one row group."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.console import aligned, table
+from schemas.errors import UsageError
+
+if TYPE_CHECKING:
+    from pmetal_distill.offline.batch import StoredSequence
+    from pmetal_distill.offline.reader import LogitCache
+
+CONTEXT_TOKENS = 48
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The cache's description, size by column and measured errors; works on unfinished caches too."""
+    from pmetal_distill.offline.reader import LogitCache
+
+    cache = LogitCache(folder, allow_partial=True, verify_hashes="never")
+    dataset = cache.dataset
+    columns = cache.bytes_per_token() if cache.num_tokens else {}
+    on_disk = sum(size for name, size in columns.items() if name not in ("sidecars", "hidden"))
+    return {
+        "cache": str(folder),
+        "shards": f"{len(cache.records)} of {dataset.num_shards}",
+        "sequences": cache.num_sequences,
+        "tokens": cache.num_tokens,
+        "trained_tokens": cache.num_trained_tokens,
+        "target": dataset.target.to_json(),
+        "hidden": dataset.hidden.to_json() if dataset.hidden else None,
+        "bases": list(cache.basis_names),
+        "bytes_per_token": on_disk,
+        "bytes_per_token_by_column": columns,
+        "measured": measured(cache),
+        "fingerprint": dataset.fingerprint,
+        "meta": dataset.meta,
+    }
+
+
+def measured(cache: "LogitCache") -> dict[str, float]:
+    """Means over shards of what the writer measured; clipped values are summed."""
+    names = sorted({name for record in cache.records for name in record.measured})
+    result = {}
+    for name in names:
+        values = [record.measured[name] for record in cache.records if name in record.measured]
+        result[name] = float(np.sum(values) if name.startswith("clipped") else np.mean(values))
+    return result
+
+
+def describe_text(facts: dict[str, Any]) -> str:
+    """`describe` for people."""
+    simple = ("cache", "shards", "sequences", "tokens", "trained_tokens", "bytes_per_token")
+    target, columns = facts["target"], facts["bytes_per_token_by_column"]
+    lines = [(name.replace("_", " "), facts[name]) for name in simple]
+    lines += [
+        ("vocabulary", target["vocab_size"]),
+        ("head", f"top {target['k']} log-probabilities, grid {target['logprob_step']:g} nats"),
+        ("tail", target["tail"]),
+        ("bases", ", ".join(facts["bases"]) or "none"),
+        ("hidden layers", facts["hidden"]["layers"] if facts["hidden"] else "none"),
+        *((name, value) for name, value in facts["meta"].items()),
+    ]
+    parts = [
+        aligned(lines),
+        table(["column", "bytes a token"], [[n, round(v, 3)] for n, v in columns.items()]),
+    ]
+    if facts["measured"]:
+        parts.append(table(["measured while caching", ""], list(facts["measured"].items())))
+    return "\n\n".join(parts)
+
+
+def look(folder: Path, *, sequence: int, position: int, temperature: float, top: int) -> dict[str, Any]:
+    """The teacher's view of the token behind a position.
+
+    Raises:
+        UsageError: no such sequence or position, or a temperature that is not positive.
+    """
+    from pmetal_distill.models import load_tokenizer
+    from pmetal_distill.offline.reader import LogitCache
+
+    cache = LogitCache(folder, allow_partial=True)
+    if sequence not in cache.numbers:
+        raise UsageError(f"sequence: must be one of the {cache.num_sequences} in the cache, found {sequence}")
+    row = cache.sequence(sequence)
+    if not 0 <= position < len(row):
+        raise UsageError(
+            f"position: must be from 0 to {len(row) - 1} in sequence {sequence}, found {position}"
+        )
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    probabilities, tail = head_probabilities(cache, row, position, temperature)
+    ids = row.targets.head_ids[position]
+    shown = [
+        {"token_id": int(i), "text": tokenizer.decode([int(i)]), "probability": float(p)}
+        for i, p in zip(ids[:top], probabilities[:top], strict=False)
+    ]
+    start = max(0, position + 1 - CONTEXT_TOKENS)
+    next_id = int(row.token_ids[position + 1]) if position + 1 < len(row) else None
+    return {
+        "sequence": sequence,
+        "position": position,
+        "document": int(row.documents[position]),
+        "trained": bool(row.loss_mask[position]),
+        "context": tokenizer.decode(row.token_ids[start : position + 1].tolist()),
+        "next_in_text": None if next_id is None else tokenizer.decode([next_id]),
+        "temperature": temperature,
+        "top": shown if row.loss_mask[position] else [],
+        "tail_probability": tail,
+    }
+
+
+def head_probabilities(
+    cache: "LogitCache", row: "StoredSequence", position: int, temperature: float
+) -> tuple[np.ndarray[Any, Any], float]:
+    """Probabilities of the head at a temperature, and of the tail."""
+    from pmetal_distill.target import TeacherTarget
+
+    one = row.targets[position : position + 1]
+    spec = cache.spec
+    import mlx.core as mx
+
+    ids, logprobs = mx.array(one.head_ids), mx.array(one.head_logprobs)
+    if spec.tail == "none":
+        target = TeacherTarget.none(ids, logprobs, vocab_size=spec.vocab_size)
+    else:
+        target = TeacherTarget.bucket(ids, logprobs, mx.array(one.tail_curve), curve=spec.curve)
+    events = np.exp(np.array(target.at(temperature).events())[0])
+    return events[:-1], float(events[-1])
+
+
+def look_text(view: dict[str, Any]) -> str:
+    """`look` for people."""
+    head = aligned(
+        [
+            ("sequence", view["sequence"]),
+            ("position", view["position"]),
+            ("document", view["document"]),
+            ("trained", "yes" if view["trained"] else "no: no target is kept here"),
+            ("context", repr(view["context"])),
+            ("next in the text", repr(view["next_in_text"])),
+        ]
+    )
+    if not view["trained"]:
+        return head
+    rows: list[list[Any]] = [[repr(t["text"]), t["token_id"], f"{t['probability']:.4f}"] for t in view["top"]]
+    rows.append(["all others", "", f"{1 - sum(t['probability'] for t in view['top']):.4f}"])
+    return head + "\n\n" + table([f"teacher at T={view['temperature']:g}", "id", "probability"], rows)
