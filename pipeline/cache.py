@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 ROWS_PER_GROUP = 4096
 
 
-def run_cache(settings: CacheSettings, console: Console) -> dict[str, Any]:
+def run_cache(
+    settings: CacheSettings, console: Console, *, teacher: "LoadedModel | None" = None
+) -> dict[str, Any]:
     """Makes or completes a cache.
+
+    Args:
+        settings: of the stage.
+        console: where progress goes.
+        teacher: the loaded teacher; loaded from the settings if None.
 
     Returns:
         tokens, bytes and speed of what this call wrote, and of the whole cache.
@@ -40,7 +47,7 @@ def run_cache(settings: CacheSettings, console: Console) -> dict[str, Any]:
     from pmetal_distill.offline.writer import CacheWriter
 
     _refuse_used_folder(settings)
-    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
     for note in teacher.notes:
         console.note(f"teacher: {note}")
     spec = target_spec(settings, teacher.vocab_size)
