@@ -6,7 +6,7 @@ hidden-state loss, hidden weight 0.1.
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -48,8 +48,8 @@ class DistillConfig:
     loss: str = "forward_kl"
     loss_parameter: float | None = None
     hidden_loss: HiddenStateLoss | None = None
-    hidden_layers: tuple[int, ...] = ()
-    student_layers: tuple[int, ...] | None = None
+    hidden_layers: Sequence[int] = ()
+    student_layers: Sequence[int] | None = None
     hidden_weight: float = 0.1
     taid: TaidSchedule | None = None
     taid_steps: int = 0

@@ -71,6 +71,6 @@ class TaidSchedule:
             return replace(state, previous_loss=loss)
         decrease = (state.previous_loss - loss) / (state.previous_loss + 1e-15)
         momentum = self.decay * state.momentum + (1 - self.decay) * decrease
-        adaptive = self.rate * (1 - state.t) / (1 + math.exp(-momentum))
+        adaptive = self.rate * (1 - state.t) * 0.5 * (1 + math.tanh(momentum / 2))  # the logistic function
         line = self.start + (self.end - self.start) * step / num_steps
         return TaidState(min(self.end, max(line, state.t + adaptive)), momentum, loss)

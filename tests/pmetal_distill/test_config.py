@@ -54,7 +54,7 @@ def test_schedules_are_read_at_updates() -> None:
 
 
 def test_lists_and_names_are_accepted() -> None:
-    config = DistillConfig(hidden_loss="mse", hidden_layers=[1, 2])  # type: ignore[arg-type]
+    config = DistillConfig.from_dict({"hidden_loss": "mse", "hidden_layers": [1, 2]})
     assert config.hidden_loss is HiddenStateLoss.MSE
     assert config.hidden_layers == (1, 2)
 

@@ -1,0 +1,257 @@
+"""Trains a student on a teacher's distributions, batch by batch. Costs forward and backward of the student.
+
+    config = DistillConfig(temperature=2.0, alpha=0.5)
+    distiller = Distiller(teacher, student, config)      # teacher: a live model, or a LogitCache
+    for batch in dataloader:
+        loss = distiller.step(batch)
+
+On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through `mx.compile`, which
+compiles anew for every new shape of a batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from pmetal_distill.config import DistillConfig
+from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
+from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.losses.hidden import HiddenAligner, layer_pairs
+from pmetal_distill.losses.job import TokenRows
+from pmetal_distill.losses.taid import TaidState
+from pmetal_distill.modelling.documents import holds_one_document
+from pmetal_distill.models import LoadedModel
+from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.target import SoftTarget
+from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
+from schemas.errors import ModelError, UsageError
+
+Arrays = dict[str, Any]
+Gradients = Any
+
+
+class Distiller:
+    """Holds teacher, student and optimizer; `step` trains on one batch.
+
+    Args:
+        teacher: a live model or an open cache.
+        student: is trained in place: its trainable parameters, and only those.
+        config: what to do.
+        optimizer: any of `mlx.optimizers`; AdamW with learning rate 1e-5 if None.
+
+    Attributes:
+        trained: the module that learns: `student`, and `aligner` with projections if there are any.
+        updates: optimizer updates so far.
+
+    Raises:
+        UsageError: a divergence without meaning for the teacher's targets, or layers that do not exist.
+        ModelError: a student whose head cannot be split off.
+    """
+
+    def __init__(
+        self,
+        teacher: LoadedModel | LogitCache,
+        student: LoadedModel,
+        config: DistillConfig | None = None,
+        *,
+        optimizer: optim.Optimizer | None = None,
+    ) -> None:
+        self.config = config or DistillConfig()
+        self.student = student
+        if student.head is None:
+            raise ModelError(f"{student.source}: a student must have a linear head that can be split off")
+        self.teacher = _teacher(teacher, student.vocab_size)
+        self.config.divergence.check(self.teacher.kind)
+        self.optimizer = optimizer or optim.AdamW(learning_rate=1e-5)
+        self.trained = nn.Module()
+        self.trained.student = student.model
+        aligner = _aligner(self.config, self.teacher, student)
+        if aligner is not None:
+            self.trained.aligner = aligner
+        self._pairs = aligner.pairs if aligner is not None else ()
+        self._options = HeadOptions(chunk_tokens=self.config.chunk_tokens)
+        self._functions: dict[Any, Callable[..., tuple[LossParts, Gradients]]] = {}
+        self._pending: Gradients = None
+        self._batches = 0
+        self._taid = None if self.config.taid is None else self.config.taid.initial()
+        self.updates = 0
+
+    def step(self, batch: TrainingBatch | Any) -> LossParts:
+        """Trains on one batch; updates the weights with every `accumulation_steps`-th one.
+
+        Args:
+            batch: of the cache, or for a live teacher also token ids [B, L].
+
+        Returns:
+            the loss before the update and its components, evaluated.
+
+        Raises:
+            IncompatibleError: the batch does not fit the teacher.
+        """
+        self.trained.train()
+        inputs, template = self._inputs(batch)
+        parts, gradients = self._function(inputs, template)(inputs)
+        self._collect(gradients)
+        mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state)
+        if self._taid is not None and self._pending is None:
+            self._taid = self._next_share(parts)
+        return parts
+
+    def rows(self, batch: TrainingBatch | Any, *, temperatures: Sequence[float] = (1.0,)) -> TokenRows:
+        """Losses and agreement of each of the B L tokens of a batch, without training."""
+        self.trained.eval()
+        text = _as_batch(batch)
+        target, _ = self.teacher.answer(text, ())
+        states = self.student.hidden(mx.array(text.token_ids), documents=text.documents)
+        return head_rows(
+            states.final,
+            self._head(),
+            [target.at(t) for t in temperatures],
+            mx.array(text.labels),
+            mx.array(text.loss_mask),
+            divergence=self.config.divergence,
+            options=self._options,
+        )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the weights of `trained` and the optimizer's state.
+
+        Raises:
+            UsageError: in the middle of an accumulation.
+        """
+        if self._pending is not None:
+            raise UsageError("state: take it after an update, found gradients that are not yet applied")
+        taid = self._taid
+        share = None if taid is None else [taid.t, taid.momentum, taid.previous_loss]
+        return {"updates": self.updates, "batches": self._batches, "taid": share}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.updates, self._batches = int(state["updates"]), int(state["batches"])
+        self._taid = None if state["taid"] is None else TaidState(*state["taid"])
+        self._pending = None
+
+    def _inputs(self, batch: TrainingBatch | Any) -> tuple[Arrays, SoftTarget]:
+        text = _as_batch(batch)
+        target, layers = self.teacher.answer(text, tuple(pair[0] for pair in self._pairs))
+        soft = target.at(self.config.temperature_at(self.updates))
+        one = holds_one_document(text.documents)
+        inputs = {
+            "token_ids": mx.array(text.token_ids),
+            "documents": None if one else mx.array(text.documents),
+            "labels": mx.array(text.labels),
+            "mask": mx.array(text.loss_mask),
+            "target": soft.arrays(),
+            "layers": {str(layer): states for layer, states in layers.items()},
+            "alpha": mx.array(self.config.alpha_at(self.updates)),
+            "share": None if self._taid is None else mx.array(self._taid.t),
+        }
+        return {name: value for name, value in inputs.items() if value is not None}, soft
+
+    def _function(
+        self, inputs: Arrays, template: SoftTarget
+    ) -> Callable[[Arrays], tuple[LossParts, Gradients]]:
+        """Loss and gradients of inputs of this form; compiled where wanted, once a form."""
+        run = nn.value_and_grad(self.trained, self._loss(template))
+        compiled = self.config.compiled
+        if compiled is None:
+            compiled = mx.default_device() != mx.Device(mx.cpu)
+        if not compiled:
+            return cast(Callable[[Arrays], tuple[LossParts, Gradients]], run)
+        form = (template.kind, tuple(sorted(inputs)), tuple(sorted(inputs["target"])), template.bases)
+        if form not in self._functions:
+            state = [self.trained.state, mx.random.state]
+            self._functions[form] = mx.compile(run, inputs=state, outputs=state)
+        return self._functions[form]
+
+    def _loss(self, template: SoftTarget) -> Callable[[Arrays], LossParts]:
+        def loss(inputs: Arrays) -> LossParts:
+            wanted = [pair[1] for pair in self._pairs]
+            states = self.student.hidden(
+                inputs["token_ids"], documents=inputs.get("documents"), layers=wanted
+            )
+            parts = head_loss(
+                states.final,
+                self._head(),
+                template.with_arrays(inputs["target"]),
+                inputs["labels"],
+                inputs["mask"],
+                divergence=self.config.divergence,
+                alpha=inputs["alpha"],
+                teacher_share=inputs.get("share"),
+                options=self._options,
+            )
+            if not self._pairs:
+                return parts
+            layers = {int(name): states for name, states in inputs["layers"].items()}
+            hidden = self.trained.aligner(states.layers, layers, inputs["mask"])
+            return parts.with_hidden(hidden, self.config.hidden_weight)
+
+        return loss
+
+    def _head(self) -> HeadParts:
+        assert self.student.head is not None
+        return HeadParts.of(self.student.head)
+
+    def _collect(self, gradients: Gradients) -> None:
+        """Adds a batch's gradients; applies their mean when it is due."""
+        every = self.config.accumulation_steps
+        if self._pending is not None:
+            gradients = tree_map(mx.add, self._pending, gradients)
+        self._batches += 1
+        if self._batches % every:
+            self._pending = gradients
+            return
+        gradients = gradients if every == 1 else tree_map(lambda g: g / every, gradients)
+        if self.config.max_grad_norm is not None:
+            gradients, _ = optim.clip_grad_norm(gradients, self.config.max_grad_norm)
+        self.optimizer.update(self.trained, gradients)
+        self._pending = None
+        self.updates += 1
+
+    def _next_share(self, parts: LossParts) -> TaidState:
+        assert self.config.taid is not None
+        assert self._taid is not None
+        steps = self.config.taid_steps
+        loss = cast(float, parts.soft.item())
+        return self.config.taid.update(self._taid, loss, step=min(self.updates, steps), num_steps=steps)
+
+
+def _teacher(teacher: LoadedModel | LogitCache, vocab_size: int) -> Teacher:
+    if isinstance(teacher, LogitCache):
+        return CachedTeacher(teacher, vocab_size)
+    teacher.model.eval()
+    return LiveTeacher(teacher, vocab_size)
+
+
+def _as_batch(batch: TrainingBatch | Any) -> TrainingBatch:
+    return cast(TrainingBatch, batch) if hasattr(batch, "token_ids") else TextBatch.of(batch)
+
+
+def _aligner(config: DistillConfig, teacher: Teacher, student: LoadedModel) -> HiddenAligner | None:
+    if config.hidden_loss is None:
+        return None
+    if teacher.hidden_size is None:
+        raise UsageError("hidden_loss: the teacher gives no hidden states; cache them with --hidden-layers")
+    count = teacher.num_layers
+    if count is None:
+        if config.student_layers is None or min(config.hidden_layers) < 0:
+            raise UsageError(
+                "hidden_layers: the cache does not say how many layers its teacher has; name student_layers, "
+                "and count hidden_layers from 0"
+            )
+        count = max(config.hidden_layers) + 1
+    pairs = layer_pairs(
+        config.hidden_layers,
+        num_teacher_layers=count,
+        num_student_layers=student.num_layers,
+        student_layers=config.student_layers,
+    )
+    return HiddenAligner(
+        config.hidden_loss, pairs, teacher_width=teacher.hidden_size, student_width=student.hidden_size
+    )
