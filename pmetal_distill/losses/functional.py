@@ -7,11 +7,11 @@ student logits [..., V] and a target of as many tokens give [...].
 from typing import cast
 
 import mlx.core as mx
-from jaxtyping import Float, Integer
 
 from pmetal_distill.losses.chunk import IGNORE_INDEX, Chunk
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.rows import DenseStatistics, SparseStatistics
+from pmetal_distill.losses.shapes import Float, Integer
 from pmetal_distill.reductions import row_logsumexp
 from pmetal_distill.target import SoftTarget, TeacherTarget
 from schemas.errors import IncompatibleError

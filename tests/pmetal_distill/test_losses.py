@@ -1,11 +1,15 @@
 """The losses on logits against the float64 reference: every loss and kind of target, values and gradients."""
 
+import runpy
+import sys
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from beartype import beartype
 from hypothesis import given, settings
+from jaxtyping import TypeCheckError, jaxtyped
 
 from pmetal_distill.losses import functional
 from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
@@ -214,3 +218,22 @@ def test_meaningless_or_wrong_requests_are_refused_with_the_reason() -> None:
         functional.jensen_shannon(logits, case.target, temperature=1.0, beta=1.0)
     with pytest.raises(UsageError, match=r"loss must be one of forward_kl, .*found 'kl'"):
         Divergence("kl")
+
+
+def test_signatures_state_the_shapes() -> None:
+    case = make_case("bucket", Divergence("forward_kl"), vocab=50, k=5, num_tokens=6)
+    checked = jaxtyped(typechecker=beartype)(functional.forward_kl)
+    assert checked(mx.array(case.student), case.target, temperature=2.0).shape == (6,)
+    with pytest.raises(TypeCheckError):
+        checked(mx.array(case.labels), case.target, temperature=2.0)
+    labelled = jaxtyped(typechecker=beartype)(hard_cross_entropy)
+    with pytest.raises(TypeCheckError):
+        labelled(mx.array(case.student), mx.array(case.labels[:5]))
+
+
+def test_shapes_need_no_jaxtyping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jaxtyping", None)
+    from pmetal_distill.losses import shapes as module
+
+    shapes = runpy.run_path(str(module.__file__))
+    assert shapes["Float"][mx.array, "tokens vocab"] is mx.array
