@@ -131,7 +131,11 @@ def describe(
         max_sequence_length=settings.max_seq_len,
         rows_per_group=ROWS_PER_GROUP,
         hidden=HiddenSpec(layers, teacher.hidden_size) if layers else None,
-        meta={"teacher": settings.teacher, "data": settings.data},
+        meta={
+            "teacher": settings.teacher,
+            "teacher_layers": str(teacher.num_layers),
+            "data": settings.data,
+        },
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.cache import run_cache
 from pipeline.console import Console, table
-from pipeline.data import split_by_document
+from pipeline.data import split_by_size
 from pipeline.demo_text import pydoc_topics
 from pipeline.evaluate import EvalOptions, evaluate
 from pipeline.settings import CacheSettings, TrainSettings
@@ -44,10 +44,10 @@ class DemoOptions:
 
     out: Path
     num_layers: int = 10
-    train_tokens: int = 24_000
-    eval_tokens: int = 4_000
-    iters: int = 48
-    seq_len: int = 256
+    train_tokens: int = 20_000
+    eval_tokens: int = 2_500
+    iters: int = 40
+    seq_len: int = 128
 
 
 def run_demo(options: DemoOptions, console: Console, *, overwrite: bool) -> dict[str, Any]:
@@ -143,10 +143,11 @@ def _prepare(out: Path, *, overwrite: bool) -> None:
 def _write_texts(options: DemoOptions) -> dict[str, Path]:
     """Topics of both sides as JSONL, in an order that mixes them, cut off where there is enough."""
     budgets = {"train": options.train_tokens, "test": options.eval_tokens}
+    sides = dict(zip(budgets, split_by_size(list(pydoc_topics()), fraction=HELD_OUT), strict=True))
     folder = options.out / "data"
     folder.mkdir()
     for split, tokens in budgets.items():
-        topics = list(split_by_document(pydoc_topics(), fraction=HELD_OUT, held_out=split == "test"))
+        topics = list(sides[split])
         random.Random(0).shuffle(topics)
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             left = tokens * CHARACTERS_PER_TOKEN
@@ -177,6 +178,7 @@ def _train_settings(options: DemoOptions, student: Path) -> TrainSettings:
         learning_rate=6e-4,
         steps_per_report=4,
         alpha=1.0,
+        temperature=1.0,
     )
 
 

@@ -21,7 +21,6 @@ Loss = Literal[
     "skewed_forward_kl",
     "skewed_reverse_kl",
 ]
-REPORTERS = ("wandb", "swanlab")
 
 
 def _help(text: str, *, aliases: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -137,28 +136,6 @@ class LrSchedule:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraParameters:
-    """`lora_parameters` of mlx-lm.
-
-    Attributes:
-        keys: the linear layers that get an adapter; mlx-lm's choice if None.
-        rank: of the adapters.
-        scale: factor on their output.
-        dropout: on their input.
-    """
-
-    keys: tuple[str, ...] | None = None
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_whole(self, "rank")
-        _check(0 < self.scale < math.inf, "scale", "a positive number", self.scale)
-        _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-
-
-@dataclass(frozen=True, slots=True)
 class Ramp:
     """A value that changes over the optimizer steps and stays at its end.
 
@@ -191,7 +168,17 @@ class TrainSettings:
         "train": "leave it out, this command trains",
         "test": "run 'pmetal-pipeline eval' afterwards",
         "test_batches": "run 'pmetal-pipeline eval' afterwards",
-        "resume_adapter_file": "use 'resume', which restores the optimizer too",
+        "resume_adapter_file": "leave it out, a run starts from the student as it is",
+        "fine_tune_type": "leave it out, all weights are trained",
+        "num_layers": "leave it out, all layers are trained",
+        "lora_parameters": "leave it out, all weights are trained",
+        "max_seq_length": "the cache holds the sequences; give it to 'pmetal-pipeline cache'",
+        "grad_checkpoint": "leave it out; a smaller batch_size needs less memory",
+        "val_batches": "run 'pmetal-pipeline eval' afterwards",
+        "steps_per_eval": "run 'pmetal-pipeline eval' afterwards",
+        "save_every": "leave it out, the model is saved at the end",
+        "report_to": "read metrics.jsonl in the run's folder",
+        "project_name": "read metrics.jsonl in the run's folder",
         "clear_cache_threshold": "leave it out, nothing grows here",
         "config": "leave it out, a configuration file cannot name another",
     }
@@ -215,13 +202,6 @@ class TrainSettings:
         default="all", metadata=_help("Teacher layers of the cache to align with: 6,12,-1 or all.")
     )
     hidden_weight: float = field(default=0.1, metadata=_help("Weight of the hidden-state loss."))
-    fine_tune_type: Literal["full", "lora", "dora"] = field(
-        default="full", metadata=_help("What is trained.")
-    )
-    num_layers: int = field(
-        default=-1, metadata=_help("Layers that are trained, counted from the last; -1: all.")
-    )
-    lora_parameters: LoraParameters = field(default_factory=LoraParameters)
     optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = field(
         default="adamw", metadata=_help("Optimizer.")
     )
@@ -237,22 +217,8 @@ class TrainSettings:
     iters: int = field(default=1000, metadata=_help("Batches to train on."))
     grad_accumulation_steps: int = field(default=1, metadata=_help("Batches in an optimizer step."))
     grad_clip: float | None = field(default=1.0, metadata=_help("Largest norm of the gradients."))
-    grad_checkpoint: bool = field(
-        default=False, metadata=_help("Recompute activations: less memory, more time.")
-    )
     head_chunk: int = field(default=256, metadata=_help("Positions whose logits exist at once."))
-    max_seq_length: int | None = field(
-        default=None, metadata=_help("Leave out what stands behind so many positions of a sequence.")
-    )
-    val_batches: int = field(
-        default=25, metadata=_help("Batches of an evaluation; -1: all that are held out.")
-    )
     steps_per_report: int = field(default=10, metadata=_help("Batches between reports."))
-    steps_per_eval: int = field(default=200, metadata=_help("Batches between evaluations."))
-    save_every: int = field(default=100, metadata=_help("Batches between checkpoints."))
-    resume: bool = field(default=False, metadata=_help("Go on from the last checkpoint of the run."))
-    report_to: str | None = field(default=None, metadata=_help("wandb, swanlab or wandb,swanlab."))
-    project_name: str | None = field(default=None, metadata=_help("Project name for these."))
     seed: int = field(default=0, metadata=_help("Seed of the order and of new weights."))
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with the model."))
 
@@ -260,16 +226,8 @@ class TrainSettings:
         self._check_loss()
         self._check_optimizer()
         _check_whole(self, "batch_size iters grad_accumulation_steps head_chunk")
-        _check_whole(self, "steps_per_report steps_per_eval save_every")
+        _check_whole(self, "steps_per_report")
         _check_whole(self, "seed", least=0)
-        for name in ("num_layers", "val_batches"):
-            value = getattr(self, name)
-            _check(value > 0 or value == -1, name, "positive, or -1 for all", value)
-        if self.max_seq_length is not None:
-            _check_whole(self, "max_seq_length", least=2)
-        if self.report_to is not None:
-            unknown = [name for name in self.report_to.split(",") if name.strip().lower() not in REPORTERS]
-            _check(not unknown, "report_to", f"among {', '.join(REPORTERS)}", self.report_to)
 
     def _check_loss(self) -> None:
         for value in _values(self.temperature):

@@ -10,16 +10,19 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pipeline.config import save_config
 from pipeline.console import Console
-from pipeline.settings import TrainSettings
+from pipeline.settings import Ramp, TrainSettings
 from schemas.errors import IncompatibleError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from pmetal_distill.config import DistillConfig
+    from pmetal_distill.distiller import Distiller
+    from pmetal_distill.losses.chunked_head import LossParts
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.batch import Batch
     from pmetal_distill.offline.reader import LogitCache
@@ -56,14 +59,15 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
 
 def open_cache(settings: TrainSettings) -> "LogitCache":
-    """The cache with as much of its targets as the settings want.
+    """The cache with as much of its targets, and those hidden layers, as the settings want.
 
     Raises:
         IncompatibleError: the settings want more than the cache holds.
     """
     from pmetal_distill.offline.reader import LogitCache
 
-    cache = LogitCache(settings.cache)
+    layers = teacher_layers(settings, LogitCache(settings.cache))
+    cache = LogitCache(settings.cache, hidden_layers=layers)
     stored, wanted = cache.spec.tail, settings.tail or cache.spec.tail
     order = ("none", "bucket", "sketch")
     if order.index(wanted) > order.index(stored):
@@ -71,7 +75,56 @@ def open_cache(settings: TrainSettings) -> "LogitCache":
             f"tail: must be at most '{stored}', which {settings.cache} holds, found '{wanted}'; "
             "leave it out or cache again"
         )
-    return LogitCache(settings.cache, rank=0) if wanted != "sketch" == stored else cache
+    if wanted == "none":
+        return LogitCache(settings.cache, hidden_layers=layers, with_tail=False)
+    return LogitCache(settings.cache, hidden_layers=layers, rank=0) if wanted == "bucket" else cache
+
+
+def teacher_layers(settings: TrainSettings, cache: "LogitCache") -> tuple[int, ...]:
+    """The teacher's layers to align with, from 0; none without a hidden-state loss.
+
+    Raises:
+        IncompatibleError: the cache does not hold one of them.
+    """
+    if settings.hidden_loss is None:
+        return ()
+    stored = cache.dataset.hidden.layers if cache.dataset.hidden else ()
+    count = int(cache.dataset.meta.get("teacher_layers", "0"))
+    wanted = stored if settings.hidden_layers == "all" else settings.hidden_layers
+    layers = tuple(layer + count if layer < 0 else layer for layer in wanted)
+    missing = [layer for layer in layers if layer not in stored]
+    if missing or not layers:
+        raise IncompatibleError(
+            f"hidden_layers: must be among those that {settings.cache} holds, {list(stored)}, found "
+            f"{list(wanted)}; cache again with --hidden-layers"
+        )
+    return layers
+
+
+def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "DistillConfig":
+    """The library's settings out of the command's."""
+    from pmetal_distill.config import DistillConfig
+    from pmetal_distill.losses.hidden import HiddenStateLoss
+    from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
+
+    return DistillConfig(
+        temperature=_scheduled(settings.temperature, TemperatureSchedule),
+        alpha=_scheduled(settings.alpha, AlphaSchedule),
+        loss=settings.loss,
+        loss_parameter=settings.loss_parameter,
+        hidden_loss=HiddenStateLoss(settings.hidden_loss) if settings.hidden_loss else None,
+        hidden_layers=layers,
+        hidden_weight=settings.hidden_weight,
+        accumulation_steps=settings.grad_accumulation_steps,
+        max_grad_norm=settings.grad_clip,
+        chunk_tokens=settings.head_chunk,
+    )
+
+
+def _scheduled(value: float | Ramp, kind: Any) -> Any:
+    if not isinstance(value, Ramp):
+        return value
+    return getattr(kind, value.schedule)(start=value.start, end=value.end, steps=value.steps)
 
 
 def check_student(student: "LoadedModel", cache: "LogitCache") -> None:
@@ -127,43 +180,73 @@ def _train(
     settings: TrainSettings, cache: "LogitCache", student: "LoadedModel", console: Console
 ) -> dict[str, Any]:
     from pipeline.optimizing import build_optimizer
-    from pipeline.stepping import Stepper
+    from pmetal_distill.distiller import Distiller
 
-    stepper = Stepper(settings, cache, student, build_optimizer(settings))
-    means, report = Means(), {}
-    started = time.perf_counter()
-    trained = 0
-    waited = 0.0
+    config = distill_config(settings, cache.hidden_layers)
+    distiller = Distiller(cache, student, config, optimizer=build_optimizer(settings))
+    log = RunLog(settings, distiller)
     with (
-        (settings.out / METRICS).open("w", encoding="utf-8") as log,
+        (settings.out / METRICS).open("w", encoding="utf-8") as file,
         cache.batches(batch_size=settings.batch_size, seed=settings.seed) as batches,
         console.progress("training", total=settings.iters, unit="steps") as progress,
     ):
         for iteration in range(1, settings.iters + 1):
-            before = time.perf_counter()
+            started = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - before
-            values = stepper.step(batch)
-            _require_finite(values, iteration, batch)
-            means.add(values, batch.num_trained_tokens)
-            trained += batch.num_trained_tokens
+            waited = time.perf_counter() - started
+            parts = distiller.step(batch)
+            log.add(iteration, parts, batch, waited=waited)
             progress.advance(1)
             if iteration % settings.steps_per_report == 0 or iteration == settings.iters:
-                seconds = time.perf_counter() - started
-                report = {
-                    "iteration": iteration,
-                    **means.take(),
-                    "learning_rate": stepper.learning_rate,
-                    "tokens": trained,
-                    "seconds": seconds,
-                    "tokens_per_second": trained / seconds,
-                    "data_wait_share": waited / seconds,
-                }
-                print(json.dumps(report), file=log, flush=True)
-                progress.tell(
-                    f"loss {report['loss']:.3f} soft {report['soft']:.3f} hard {report['hard']:.3f}"
-                )
-    return report
+                report = log.report(iteration)
+                print(json.dumps(report), file=file, flush=True)
+                progress.tell(" ".join(f"{name} {report[name]:.3f}" for name in ("loss", "soft", "hard")))
+    return log.last
+
+
+@dataclass(slots=True, eq=False)
+class RunLog:
+    """Collects what the steps say and turns it into reports."""
+
+    settings: TrainSettings
+    distiller: "Distiller"
+    means: Means = field(default_factory=Means)
+    tokens: int = 0
+    waited: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, iteration: int, parts: "LossParts", batch: "Batch", *, waited: float) -> None:
+        """Adds a step.
+
+        Raises:
+            NonFiniteError: its loss is not a number.
+        """
+        names = {"loss": parts.total, "soft": parts.soft, "hard": parts.hard}
+        if self.distiller.config.hidden_loss is not None:
+            names["hidden"] = parts.hidden
+        values = {name: cast(float, value.item()) for name, value in names.items()}
+        _require_finite(values, iteration, batch)
+        self.means.add(values, batch.num_trained_tokens)
+        self.tokens += batch.num_trained_tokens
+        self.waited += waited
+
+    def report(self, iteration: int) -> dict[str, Any]:
+        """Means since the last report, and totals."""
+        seconds = time.perf_counter() - self.started
+        update = max(self.distiller.updates - 1, 0)
+        self.last = {
+            "iteration": iteration,
+            **self.means.take(),
+            "temperature": self.distiller.config.temperature_at(update),
+            "alpha": self.distiller.config.alpha_at(update),
+            "learning_rate": float(self.distiller.optimizer.learning_rate),
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+        return self.last
 
 
 def _require_finite(values: Mapping[str, float], iteration: int, batch: "Batch") -> None:

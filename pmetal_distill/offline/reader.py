@@ -35,6 +35,7 @@ class LogitCache:
         path: the folder.
         k: truncate heads to this many entries; the others join the tail.
         rank: truncate sketches to this many coordinates; 0 leaves the tail as a bucket.
+        with_tail: false leaves the renormalised head only, as if the cache had tail "none".
         hidden_layers: hidden states to read along; none costs nothing.
         verify_hashes: "lazy" hashes a shard before its first use, "eager" all files now, "never" none (page
             CRCs are always checked).
@@ -53,6 +54,7 @@ class LogitCache:
         *,
         k: int | None = None,
         rank: int | None = None,
+        with_tail: bool = True,
         hidden_layers: Sequence[int] = (),
         verify_hashes: Literal["lazy", "eager", "never"] = "lazy",
         allow_partial: bool = False,
@@ -70,7 +72,8 @@ class LogitCache:
         self._full_bases = self._read_bases()
         stored = self.dataset.target
         self._k = stored.with_k(stored.k if k is None else k).k
-        self._rank = self._choose_rank(rank)
+        self._with_tail = with_tail
+        self._rank = self._choose_rank(rank if with_tail else 0)
         self.shards = [self._shard(record) for record in self.records]
         self._reader = self._new_reader()
         self._index = SequenceIndex.of(self.shards)
@@ -86,6 +89,8 @@ class LogitCache:
     def spec(self) -> TargetSpec:
         """The layout of the targets as they are handed out, after truncation."""
         spec = self.dataset.target.with_k(self._k)
+        if not self._with_tail:
+            return replace(spec, tail="none")
         return replace(spec, tail="bucket") if spec.tail == "sketch" and self._rank == 0 else spec
 
     @property
@@ -314,6 +319,8 @@ class LogitCache:
         """All sequences of a row group."""
         shard, group = self._index.groups[index]
         rows, targets = reader.targets(shard, group, k=self._k, rank=self._rank)
+        if not self._with_tail:
+            targets = replace(targets, tail_curve=targets.tail_curve[..., :0])
         states = reader.hidden(shard, group, self.hidden_layers) if self.hidden_layers else {}
         basis = shard.record.basis.name if shard.record.basis and self._rank else ""
         basis_index = self.basis_names.index(basis) if basis else -1
