@@ -1,8 +1,8 @@
 """Stage one against its floor: speed and peak memory beside a bare loop of the same teacher.
 
 The bare loop runs the teacher's body on the same batches and its head on the same chunks, and keeps nothing.
-Memory is MLX's own peak counter, per batch shape: what `cache` needs beyond the body's activations must not grow
-with it.
+Memory is MLX's own peak counter, per batch shape: what `cache` needs beyond the body's activations must not
+grow with it.
 
     python benchmarks/stage_one.py [--teacher M] [--tokens 8192] [--tail sketch] [--json FILE]
 """

@@ -69,7 +69,11 @@ class Comparison:
     def summary(self) -> dict[str, float]:
         """Means over tokens: `kl@T` in nats, `top1` and `top5` agreement in [0, 1], perplexities, `tokens`."""
         tokens, labelled = max(self.tokens, 1), max(self.labelled, 1)
-        kl = {f"kl@{t:g}": total / tokens for t, total in zip(self.temperatures, self.kl, strict=True)} if self.kl else {}
+        kl = (
+            {f"kl@{t:g}": total / tokens for t, total in zip(self.temperatures, self.kl, strict=True)}
+            if self.kl
+            else {}
+        )
         return {
             **kl,
             "top1": self.top1 / tokens,

@@ -18,7 +18,11 @@ def rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 37, 21)
     labels[[0, 5, 20]] = -100
-    return rng.normal(0, 4, (21, 37)).astype("f4"), rng.normal(0, 4, (21, 37)).astype("f4"), labels.astype("i4")
+    return (
+        rng.normal(0, 4, (21, 37)).astype("f4"),
+        rng.normal(0, 4, (21, 37)).astype("f4"),
+        labels.astype("i4"),
+    )
 
 
 def test_summary_equals_dense_float64(rows: tuple[np.ndarray, ...]) -> None:
