@@ -2,7 +2,7 @@
 
 On a GPU the row kernel does it (`kernels.capture`). On the CPU NumPy reads the logits of MLX in place, a row at
 a time, so that all passes over a row hit the processor's cache: the top k from maxima of strided groups, and
-all nodes of the curve as products of powers of one exponential. `python benchmarks/capture.py` times it.
+all nodes of the curve as products of powers of one exponential. `python benchmarks/fidelity.py` times it.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmetal_distill.kernels.capture import capture as capture_on_device
-from pmetal_distill.offline.row_capture import RowCapture
+from pmetal_distill.offline.row_capture import RowCapture, non_finite
 from schemas.arrays import Float32, TargetArrays
 from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
@@ -140,11 +140,3 @@ def _require_finite(coordinates: Float32, first_row: int) -> None:
             f"capture row {first_row + int(ok.argmin())}: hidden states must be finite; "
             "see that the teacher's weights are whole and that it runs in a wide enough type"
         )
-
-
-def non_finite(row: int) -> NonFiniteError:
-    """The error of a row of logits that is not finite."""
-    return NonFiniteError(
-        f"capture row {row}: logits must be finite, found NaN or infinity; "
-        "see that the teacher's weights are whole and that it runs in a wide enough type"
-    )

@@ -43,10 +43,7 @@ class RowCapture:
         for i, row in enumerate(logits):
             top = top_ids(row, min(spec.k + 1, spec.vocab_size))
             if not _is_finite(row):
-                raise NonFiniteError(
-                    f"capture row {first_row + i}: logits must be finite, found NaN or infinity; "
-                    "see that the teacher's weights are whole and that it runs in a wide enough type"
-                )
+                raise non_finite(first_row + i)
             ids[i] = top[: spec.k]
             scores[i] = row[ids[i]]
             if spec.num_nodes:
@@ -70,16 +67,18 @@ class RowCapture:
         if self._grid:
             sums = self._power_sums(shifted)
         else:
-            sums = [float(np.exp(np.multiply(shifted, np.float32(b), out=work), out=work).sum()) for b in nodes]
+            sums = [
+                float(np.exp(np.multiply(shifted, np.float32(b), out=work), out=work).sum()) for b in nodes
+            ]
         return np.log(sums) + nodes * (float(largest) - float(row[head[-1]]))
 
     def _power_sums(self, shifted: Float32) -> list[float]:
         """Sums of exp(shifted)^(p / grid) for all powers p, by squaring one exponential."""
         shifted *= np.float32(1 / self._grid)
         squares = [np.exp(shifted, out=shifted)]
-        for bit in range(1, max(self._powers).bit_length()):
+        for bit in range(1, (max(self._powers) - 1).bit_length()):
             squares.append(np.square(squares[-1], out=self._scratch[bit]))
-        return [self._power_sum([s for bit, s in enumerate(squares) if p >> bit & 1]) for p in self._powers]
+        return [self._power_sum([squares[bit] for bit in _bits(p, len(squares))]) for p in self._powers]
 
     def _power_sum(self, factors: list[Float32]) -> float:
         if len(factors) == 1:
@@ -88,6 +87,14 @@ class RowCapture:
         for factor in factors[1:-1]:
             product = np.multiply(product, factor, out=self._scratch[-1])
         return float(np.dot(product, factors[-1]))
+
+
+def non_finite(row: int) -> NonFiniteError:
+    """The error of a row of logits that is not finite."""
+    return NonFiniteError(
+        f"capture row {row}: logits must be finite, found NaN or infinity; "
+        "see that the teacher's weights are whole and that it runs in a wide enough type"
+    )
 
 
 def top_ids(row: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
@@ -107,6 +114,12 @@ def top_ids(row: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
     inside = (columns[:, None] + span * np.arange(width)).ravel()
     candidates = np.concatenate([inside, np.arange(width * span, len(row))])
     return _ordered(row, candidates[~(row[candidates] < threshold)])[:count]
+
+
+def _bits(power: int, count: int) -> list[int]:
+    """Exponents e < count, at most twice each, whose 2^e add up to `power`."""
+    bits = [bit for bit in range(count) if power >> bit & 1]
+    return [*bits, count - 1, count - 1] if power >> count else bits
 
 
 def _is_finite(row: npt.NDArray[np.float32]) -> bool:
