@@ -4,7 +4,7 @@ The bare loop runs the teacher's body on the same batches and its head on the sa
 Memory is MLX's own peak counter, per batch shape: what `cache` needs beyond the body's activations must not
 grow with it.
 
-    python benchmarks/stage_one.py [--teacher M] [--tokens 8192] [--tail sketch] [--json FILE]
+    python benchmarks/stage_one.py [--teacher M] [--tokens 4096] [--tail sketch] [--json FILE]
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner
 from pmetal_distill.models import LoadedModel, load_model
 
-SHAPES = ((2, 256), (8, 256), (16, 256), (8, 512), (16, 512))
+SHAPES = ((2, 256), (8, 256), (4, 512), (8, 512))
 
 
 def bare_loop(teacher: LoadedModel, settings: CacheSettings, *, head: bool) -> int:
@@ -113,7 +113,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--tail", choices=("sketch", "bucket", "none"), default="sketch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

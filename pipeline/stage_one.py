@@ -5,16 +5,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.calibration import CODEBOOK_TOKENS, Sample
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.arrays import TargetArrays
+from schemas.basis import SketchBasis
+from schemas.codebook import Codebook
 from schemas.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """What the targets of a shard are coded with."""
+
+    basis: SketchBasis | None
+    codebook: Codebook
 
 
 @dataclass(slots=True, eq=False)
@@ -47,12 +58,31 @@ class StageOne:
     def write_missing(self) -> None:
         """Writes every shard that nobody has committed."""
         missing = self.writer.missing_shards()
+        if not missing:
+            return
+        sidecars = self._sidecars()
         total = sum(self._num_tokens(shard) for shard in missing)
         started = time.perf_counter()
         with self.console.progress("caching", total=total, unit="tokens") as progress:
             for shard in missing:
-                self.writer.write_shard(shard, self._sequences(shard, progress))
-        self.seconds = time.perf_counter() - started
+                self.writer.write_shard(shard, self._sequences(shard, progress), codebook=sidecars.codebook)
+        self.seconds += time.perf_counter() - started
+
+    def _sidecars(self) -> Sidecars:
+        """Those of the shards that are there, else made from a sample of the data."""
+        basis, codebook, _ = self.writer.last_sidecars()
+        if codebook is not None:
+            return Sidecars(basis, codebook)
+        started = time.perf_counter()
+        sample = Sample(min(CODEBOOK_TOKENS, self.data.num_targets), self.settings.seed)
+        with self.console.progress("calibrating", total=sample.num_tokens, unit="tokens") as progress:
+            parts = []
+            for states in sample.states(self._runner):
+                parts.append(self._capture(states))
+                progress.advance(len(states.final))
+        codebook = Codebook.fit(TargetArrays.concatenate(parts), self.writer.dataset.target)
+        self.seconds += time.perf_counter() - started
+        return Sidecars(None, codebook)
 
     def summary(self) -> dict[str, Any]:
         """What this process has written."""
