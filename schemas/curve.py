@@ -60,6 +60,33 @@ class TailCurve:
         terms = 1.0 / gaps.prod(axis=1) / (b - points)
         return np.asarray(terms / terms.sum(), np.float64)
 
+    def slope_weights(self) -> Float64:
+        """Weights w with A'(0) = w[0] * at_zero + curve @ w[1:], float64 [m + 1]; they sum to 0.
+
+        A'(0) is the mean of z_j - z_ref over the tail.
+
+        References:
+            Berrut and Trefethen 2004, "Barycentric Lagrange interpolation", section 9.3.
+        """
+        nodes = np.array(self.nodes)
+        gaps = nodes[:, None] - nodes[None, :]
+        np.fill_diagonal(gaps, 1.0)
+        others = -nodes[None, :] / gaps
+        np.fill_diagonal(others, 1.0)
+        return np.concatenate([[-(1.0 / nodes).sum()], others.prod(axis=1) / nodes])
+
+    def slope(self, curve: npt.NDArray[np.floating]) -> Float64:
+        """A'(0) from stored values.
+
+        Args:
+            curve: [..., m], A at the nodes.
+
+        Returns:
+            float64 [...].
+        """
+        weights = self.slope_weights()
+        return np.asarray((curve.astype(np.float64) - self.at_zero) @ weights[1:], np.float64)
+
     def evaluate(self, curve: npt.NDArray[np.floating], b: float) -> Float64:
         """A(b) from stored values.
 

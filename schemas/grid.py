@@ -1,7 +1,7 @@
 """Rounding of log-probabilities and curve values to their grids. Errors never add up along a row.
 
 The largest head entry is the origin: step counts `d[i] = round((u[0] - u[i]) / logprob_step)` are absolute,
-and only their differences are stored. They saturate at 65535 (1024 nats below the top at the default step).
+and only their differences are stored. They saturate at 65535 (512 nats below the top at the default step).
 Curve values are relative to the decoded z_ref and saturate at +-32767 steps (128 nats at the default).
 """
 

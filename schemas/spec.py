@@ -13,7 +13,7 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_K = 4096
 MAX_NODES = 32
 MAX_NODE = 8.0
-DEFAULT_NODES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+DEFAULT_NODES = (0.0625, 0.1875, 0.375, 0.5, 0.75, 0.875, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class TargetSpec:
     tail: Tail = "sketch"
     curve_nodes: tuple[float, ...] = DEFAULT_NODES
     curve_step: float = 1 / 256
-    logprob_step: float = 1 / 64
+    logprob_step: float = 1 / 128
 
     def __post_init__(self) -> None:
         if self.tail == "none":

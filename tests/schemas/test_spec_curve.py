@@ -41,6 +41,28 @@ def test_curve_interpolates_a_real_tail_within_a_hundredth():
         assert spec.curve.evaluate(stored, b) == pytest.approx(np.log(np.exp(b * tail).sum()), abs=0.01)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 10**6))
+def test_slope_at_zero_is_exact_for_polynomials_of_its_degree(num_nodes, seed):
+    rng = np.random.default_rng(seed)
+    nodes = tuple(np.sort(rng.choice(np.arange(1, 33) / 32, num_nodes, replace=False)))
+    curve = TailCurve(nodes, vocab_size=1000, k=8)
+    coefficients = np.append(rng.normal(size=num_nodes), curve.at_zero)
+    stored = np.polyval(coefficients, np.array(nodes))
+    tolerance = 1e-9 * np.abs(curve.slope_weights()).sum()
+    assert curve.slope(stored) == pytest.approx(coefficients[-2], abs=tolerance)
+    weights = curve.slope_weights()
+    assert weights[0] * curve.at_zero + stored @ weights[1:] == pytest.approx(coefficients[-2], abs=tolerance)
+
+
+def test_slope_at_zero_of_a_real_tail_is_its_mean():
+    logits = np.sort(np.random.default_rng(0).normal(0, 3, 5000))[::-1]
+    tail = logits[16:] - logits[15]
+    spec = TargetSpec(vocab_size=5000)
+    stored = np.array([np.log(np.exp(b * tail).sum()) for b in spec.curve_nodes])
+    assert spec.curve.slope(stored) == pytest.approx(tail.mean(), abs=0.01)
+
+
 @pytest.mark.parametrize("b", [-0.1, 1.01, float("nan")])
 def test_curve_refuses_to_extrapolate(b):
     with pytest.raises(ValueError, match="1/T must be from 0 to 1"):
