@@ -13,7 +13,8 @@ from pmetal_distill.target import SoftTarget
 from schemas.errors import IncompatibleError
 
 _LOGITS_BYTES = 1 << 26
-_LOGITS_BYTES_GPU = 1 << 28
+_LOGITS_BYTES_GPU = 1 << 29
+_LEAST_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,10 +90,13 @@ class TokenRows(NamedTuple):
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk: 64 MiB of float32 logits on the CPU, 256 MiB on a GPU."""
+    """Tokens per chunk: 64 MiB of float32 logits on the CPU, 512 MiB on a GPU, but at least 128 tokens.
+
+    Each chunk reads and writes the head's whole gradient, so small chunks of a large vocabulary are slow.
+    """
     cpu = mx.default_device() == mx.Device(mx.cpu)
     tokens = (_LOGITS_BYTES if cpu else _LOGITS_BYTES_GPU) // (4 * vocab_size)
-    return max(1, tokens - tokens % 64 if tokens > 64 else tokens)
+    return max(_LEAST_TOKENS, tokens - tokens % 64)
 
 
 def check_tokens(hidden: mx.array, target: SoftTarget, labels: mx.array, mask: mx.array) -> None:

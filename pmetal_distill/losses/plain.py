@@ -6,10 +6,11 @@ the head's own type, the head's gradient is summed in float32.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX, Chunk, Statistics
+from pmetal_distill.losses.chunk import IGNORE_INDEX, Chunk
 from pmetal_distill.losses.job import HeadJob, StepResult, TokenRows
 
 
@@ -21,7 +22,7 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
         job: what is wanted.
     """
     parameters = job.parts.parameters()
-    sums = {name: mx.zeros(array.shape, mx.float32) for name, array in parameters.items()}
+    sums: dict[str, mx.array] = {}
     soft: list[mx.array] = []
     hard: list[mx.array] = []
     by_hidden: list[mx.array] = []
@@ -30,17 +31,17 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
         h, chunk = chained_chunk(hidden, job, index, after=done)
         logits = job.parts.logits(h)
         chunk = chunk if job.teacher_share is None else chunk.towards(logits, job.teacher_share)
-        statistics = chunk.statistics(logits)
-        rows = _gradient_rows(job, index, chunk, logits, statistics)
-        small = rows.astype(h.dtype)
-        by_hidden.append(job.parts.back(small).astype(h.dtype))
-        if "weight" in sums:
-            sums["weight"] = sums["weight"] + (small.T @ h).astype(mx.float32)
-        if "bias" in sums:
-            sums["bias"] = sums["bias"] + rows.astype(mx.float32).sum(axis=0)
-        counts = job.mask[index] > 0
-        soft.append(mx.where(counts, chunk.soft(statistics), 0.0))
-        hard.append(mx.where(counts, chunk.hard(statistics), 0.0))
+        statistics, mask = chunk.statistics(logits), job.mask[index]
+        rows = chunk.gradient(logits, statistics, soft=mask * job.soft_factor, hard=mask * job.hard_factor)
+        rows = job.parts.through_cap(rows, logits).astype(h.dtype)
+        by_hidden.append(job.parts.back(rows).astype(h.dtype))
+        if "weight" in parameters:
+            sums["weight"] = _add_product(sums.get("weight"), rows, h)
+        if "bias" in parameters:
+            column_sums = rows.astype(mx.float32).sum(axis=0)
+            sums["bias"] = sums["bias"] + column_sums if "bias" in sums else column_sums
+        soft.append(mx.where(mask > 0, chunk.soft(statistics), 0.0))
+        hard.append(mx.where(mask > 0, chunk.hard(statistics), 0.0))
     gradients = [sums[name].astype(array.dtype) for name, array in parameters.items()]
     return StepResult(mx.concatenate(soft), mx.concatenate(hard), mx.concatenate(by_hidden), gradients)
 
@@ -78,9 +79,10 @@ def _rank(logits: mx.array, tokens: mx.array) -> mx.array:
 
 
 def token_slices(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Consecutive ranges of at most `chunk_tokens`."""
-    for start in range(0, num_tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, num_tokens))
+    """The fewest consecutive ranges of at most `chunk_tokens`, of almost equal length."""
+    count = max(1, -(-num_tokens // chunk_tokens))
+    bounds = [num_tokens * i // count for i in range(count + 1)]
+    yield from (slice(*pair) for pair in pairwise(bounds))
 
 
 def chained_chunk(
@@ -88,11 +90,14 @@ def chained_chunk(
 ) -> tuple[mx.array, Chunk]:
     """The hidden states and the task of some tokens, not to be computed before `after`.
 
-    Hidden states of tokens that do not count become 0, so that NaN in padding reaches nothing.
+    Hidden states of tokens that do not count become 0, so that NaN in padding reaches nothing; a live
+    teacher's too.
     """
+    counts = (job.mask[index] > 0)[:, None]
     target = job.target.tokens(index)
     arrays = target.arrays()
-    counts = (job.mask[index] > 0)[:, None]
+    if "source" in arrays:
+        arrays["source"] = mx.where(counts, arrays["source"], 0.0).astype(arrays["source"].dtype)
     inputs = [mx.where(counts, hidden[index], 0.0).astype(hidden.dtype), *arrays.values()]
     if after and index.start:
         inputs = list(mx.depends(inputs, after))
@@ -100,10 +105,10 @@ def chained_chunk(
     return inputs[0], Chunk.of(target, job.labels[index], job.divergence, job.ops)
 
 
-def _gradient_rows(
-    job: HeadJob, index: slice, chunk: Chunk, logits: mx.array, statistics: Statistics
-) -> mx.array:
-    mask = job.mask[index]
-    rows = chunk.gradient(logits, statistics, soft=mask * job.soft_factor, hard=mask * job.hard_factor)
-    rows = job.parts.through_cap(rows, logits)
-    return mx.where((mask > 0)[:, None], rows, 0.0)
+def _add_product(total: mx.array | None, rows: mx.array, h: mx.array) -> mx.array:
+    """total + rows.T @ h, float32; one pass over the total less where the types agree."""
+    if total is None:
+        return (rows.T @ h).astype(mx.float32)
+    if rows.dtype == h.dtype == mx.float32:
+        return mx.addmm(total, rows.T, h)
+    return total + (rows.T @ h).astype(mx.float32)

@@ -512,3 +512,25 @@ def test_row_functions_follow_the_device() -> None:
     assert row_ops() is PLAIN_OPS
     with dispatch.using(dispatch.METAL):
         assert row_ops() is ops
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_at_all(kind: TargetKind, backend: Backend) -> None:
+    case = make_case(kind, Divergence(), vocab=50, k=7, num_tokens=3)
+    target = case.target.at(2.0).tokens(slice(0, 0))
+    value, gradient = mx.value_and_grad(
+        lambda w: head_loss(
+            mx.zeros((0, 4)), HeadParts(w), target, mx.zeros(0, mx.int32), mx.zeros(0),
+            options=HeadOptions(backend=backend),
+        ).total
+    )(mx.zeros((50, 4)))  # fmt: skip
+    assert value.item() == 0.0
+    assert not np.array(gradient).any()
+
+
+def test_chunks_are_few_and_even() -> None:
+    from pmetal_distill.losses.plain import token_slices
+
+    assert [(s.start, s.stop) for s in token_slices(10, 4)] == [(0, 3), (3, 6), (6, 10)]
+    assert [(s.start, s.stop) for s in token_slices(8, 8)] == [(0, 8)]
