@@ -36,24 +36,38 @@ class RowHead(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TailBasis:
-    """The sketch's basis on the device; tail logits are `mean + components @ y`.
+    """The sketch's basis on the device; tail logits are `mean + components @ y`, cut at a ceiling.
 
     Attributes:
         mean: float32 [V].
         components: float32 [V, r].
+        column_means: float32 [r], of `components` over the teacher's whole vocabulary; None for no ceiling.
+        level: mean of `mean` over the teacher's whole vocabulary, less the margin of the ceiling.
     """
 
     mean: mx.array
     components: mx.array
+    column_means: mx.array | None = None
+    level: float = 0.0
 
     @staticmethod
     def from_sketch(basis: SketchBasis) -> "TailBasis":
         """Uploads a basis; do it once and share it between batches (4 V (r + 1) bytes)."""
-        return TailBasis(mx.array(basis.mean), mx.array(basis.components))
+        mean, components = mx.array(basis.mean), mx.array(basis.components)
+        if not basis.has_ceiling:
+            return TailBasis(mean, components)
+        level, columns = basis.centre
+        return TailBasis(mean, components, mx.array(columns.astype(np.float32)), level - basis.margin)
 
     def restricted(self, vocab_size: int) -> "TailBasis":
-        """The basis of the first `vocab_size` tokens."""
-        return TailBasis(self.mean[:vocab_size], self.components[:vocab_size])
+        """The basis of the first `vocab_size` tokens; the ceiling stays where it is."""
+        return replace(self, mean=self.mean[:vocab_size], components=self.components[:vocab_size])
+
+    def ceilings(self, coordinates: mx.array, slopes: mx.array) -> mx.array:
+        """Largest tail logits [n] of coordinates [n, r] and slopes A'(0) [n]; `-NEGATIVE` for no ceiling."""
+        if self.column_means is None:
+            return mx.full(slopes.shape, -NEGATIVE)
+        return self.level + coordinates @ self.column_means - slopes
 
     def logits(self, coordinates: mx.array) -> mx.array:
         """Coordinates [n, r] -> tail logits [n, V]; entries of the head are meaningless."""
@@ -204,7 +218,23 @@ class TeacherTarget:
             score = head[:, -1] + self._tail_partition(self.curve, self.tail_curve, b)
             total = mx.logaddexp(total, score)
             tail = score - total
-        return replace(soft, head_ids=self.head_ids, head_logprobs=head - total[:, None], tail_logprobs=tail)
+        return replace(
+            soft,
+            head_ids=self.head_ids,
+            head_logprobs=head - total[:, None],
+            tail_logprobs=tail,
+            tail_ceiling=self._tail_ceiling(),
+        )
+
+    def _tail_ceiling(self) -> mx.array | None:
+        if self.curve is None or self.tail_curve is None or self.coordinates is None:
+            return None
+        if all(basis.column_means is None for basis in self.bases):
+            return None
+        weights = mx.array(self.curve.slope_weights()[1:].astype(np.float32))
+        slopes = (self.tail_curve - self.curve.at_zero) @ weights
+        ceilings = [basis.ceilings(self.coordinates, slopes) for basis in self.bases]
+        return _of_own_basis(ceilings, self.basis_index)
 
     def _tail_partition(self, curve: TailCurve, values: mx.array, b: float) -> mx.array:
         try:
@@ -226,6 +256,7 @@ class SoftTarget:
         inv_temperature: b = 1/T, float32 scalar.
         head_logprobs: float32 [N, k] at T.
         tail_logprobs: float32 [N], log of the tail's mass at T; `NEGATIVE` where it is 0.
+        tail_ceiling: float32 [N], largest tail logit of a sketch; None where it has no ceiling.
     """
 
     kind: TargetKind
@@ -234,6 +265,7 @@ class SoftTarget:
     head_ids: mx.array | None = None
     head_logprobs: mx.array | None = None
     tail_logprobs: mx.array | None = None
+    tail_ceiling: mx.array | None = None
     coordinates: mx.array | None = None
     bases: tuple[TailBasis, ...] = ()
     basis_index: mx.array | None = None
@@ -276,12 +308,8 @@ class SoftTarget:
     def tail_logits(self) -> mx.array:
         """Tail logits at T=1 [N, V] of a sketch, up to a constant; head entries are meaningless."""
         assert self.coordinates is not None
-        rows = self.bases[0].logits(self.coordinates)
-        for number, basis in enumerate(self.bases[1:], start=1):
-            assert self.basis_index is not None
-            chosen = (self.basis_index == number)[:, None]
-            rows = mx.where(chosen, basis.logits(self.coordinates), rows)
-        return rows
+        rows = _of_own_basis([basis.logits(self.coordinates) for basis in self.bases], self.basis_index)
+        return rows if self.tail_ceiling is None else mx.minimum(rows, self.tail_ceiling[:, None])
 
     def logits(self) -> mx.array:
         """Teacher logits at T=1 [N, V] of a dense target, float32."""
@@ -319,6 +347,16 @@ def check_temperature(temperature: float, *, where: str = "temperature") -> floa
 
 def _flat(array: mx.array) -> mx.array:
     return array.reshape(-1, array.shape[-1])
+
+
+def _of_own_basis(candidates: Sequence[mx.array], basis_index: mx.array | None) -> mx.array:
+    """Each token's entry, [n] or [n, V], of the arrays made with every basis."""
+    found = candidates[0]
+    for number, candidate in enumerate(candidates[1:], start=1):
+        assert basis_index is not None
+        chosen = (basis_index == number).reshape(-1, *[1] * (found.ndim - 1))
+        found = mx.where(chosen, candidate, found)
+    return found
 
 
 def _check_arrays(

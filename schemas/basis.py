@@ -1,6 +1,7 @@
 """The sketch's basis: a sidecar file shared by many shards, named by the hash of its bytes.
 
-Tail logits of a token are `mean + components @ y`. On disk: V x (2 r + 4) bytes (78 MB at V=152k, r=256).
+Tail logits of a token are `mean + components @ y`, cut at a ceiling (see `tail`). On disk: V x (2 r + 4)
+bytes (78 MB at V=152k, r=256).
 """
 
 import json
@@ -24,7 +25,16 @@ MAX_GROUPS = 64
 MAX_META_BYTES = 1 << 16
 KIND = "basis"
 MIN_DEVIATIONS = 3.1
+NO_CEILING = 1e9
+MIN_STEP, MAX_STEP = 1e-6, 1e6
 _FORMAT = {"format": "pmetal-distill basis", "version": "1"}
+_TENSORS = {
+    "mean": ("f4", 1),
+    "components": ("f2", 2),
+    "step": ("f8", 1),
+    "groups": ("i4", 2),
+    "margin": ("f4", 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +63,11 @@ class SketchBasis:
     Attributes:
         mean: float32 [V].
         components: float32 [V, r]; rounded to float16 on construction, as they are stored.
-        step: one quantization step for all coordinates, > 0.
+        step: one quantization step for all coordinates, 1e-6 to 1e6.
         groups: cover coordinates 0..r in order, without gaps.
         meta: short strings for people: how it was fitted.
+        margin: how far below the smallest head logit tail logits are cut, nats; rounded to float32.
+            `NO_CEILING` or more leaves them as they are.
 
     Raises:
         IncompatibleError: shapes that do not fit, values that are not finite in float16, bad groups.
@@ -66,6 +78,7 @@ class SketchBasis:
     step: float
     groups: tuple[CoordinateGroup, ...]
     meta: dict[str, str] = field(default_factory=dict)
+    margin: float = NO_CEILING
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):
@@ -73,6 +86,8 @@ class SketchBasis:
         object.__setattr__(self, "components", rounded)
         object.__setattr__(self, "mean", np.ascontiguousarray(self.mean, np.float32))
         object.__setattr__(self, "groups", tuple(self.groups))
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "margin", float(np.float32(self.margin)))
         if problem := self._problem():
             raise IncompatibleError(f"SketchBasis: {problem}")
 
@@ -83,8 +98,10 @@ class SketchBasis:
             return f"2 <= V <= {MAX_VOCAB_SIZE}, 1 <= r <= {MAX_RANK}, found {self.components.shape}"
         if not (np.isfinite(self.mean).all() and np.isfinite(self.components).all()):
             return "mean and components must be finite (components in float16)"
-        if not 0 < self.step < 1e6:
-            return f"step must be from 0 to 1e6, found {self.step}"
+        if not MIN_STEP <= self.step <= MAX_STEP:
+            return f"step must be from {MIN_STEP:g} to {MAX_STEP:g}, found {self.step}"
+        if not np.isfinite(self.margin):
+            return f"margin must be finite in float32, found {self.margin}"
         starts = (0, *(g.stop for g in self.groups))
         ordered = all(
             g.start == s < g.stop and g.levels in LEVELS for g, s in zip(self.groups, starts, strict=False)
@@ -103,6 +120,16 @@ class SketchBasis:
         """r, coordinates per token."""
         return int(self.components.shape[1])
 
+    @property
+    def has_ceiling(self) -> bool:
+        """Whether tail logits are cut at all."""
+        return self.margin < NO_CEILING
+
+    @property
+    def centre(self) -> tuple[float, npt.NDArray[np.float64]]:
+        """Means over the vocabulary: of `mean`, and of each column of `components`, float64 [r]."""
+        return float(self.mean.mean(dtype=np.float64)), self.components.mean(axis=0, dtype=np.float64)
+
     def truncated(self, rank: int) -> "SketchBasis":
         """The basis of the first `rank` coordinates.
 
@@ -116,7 +143,7 @@ class SketchBasis:
         groups = tuple(
             CoordinateGroup(g.start, min(g.stop, rank), g.levels) for g in self.groups if g.start < rank
         )
-        return SketchBasis(self.mean, self.components[:, :rank], self.step, groups, self.meta)
+        return SketchBasis(self.mean, self.components[:, :rank], self.step, groups, self.meta, self.margin)
 
     def to_bytes(self) -> bytes:
         """The sidecar file; equal bases give equal bytes."""
@@ -126,6 +153,7 @@ class SketchBasis:
             "components": self.components.astype(np.float16),
             "step": np.array([self.step], np.float64),
             "groups": groups,
+            "margin": np.array([self.margin], np.float32),
         }
         meta = json.dumps(self.meta, sort_keys=True)
         if len(meta) > MAX_META_BYTES:
@@ -139,13 +167,13 @@ class SketchBasis:
         """The basis in a sidecar file.
 
         Raises:
-            CorruptionError: anything but the four tensors with fitting shapes, types and values.
+            CorruptionError: anything but the five tensors with fitting shapes, types and values.
         """
         tensors, metadata = parse_tensors(data, where=where)
         kinds = {name: (a.dtype.str[1:], a.ndim) for name, a in tensors.items()}
-        wanted = {"mean": ("f4", 1), "components": ("f2", 2), "step": ("f8", 1), "groups": ("i4", 2)}
-        if kinds != wanted or tensors["step"].shape != (1,) or tensors["groups"].shape[1] != 3:
-            raise CorruptionError(f"{where}: must hold tensors {wanted}, found {kinds}")
+        single = all(a.shape == (1,) for name, a in tensors.items() if name in ("step", "margin"))
+        if kinds != _TENSORS or not single or tensors["groups"].shape[1] != 3:
+            raise CorruptionError(f"{where}: must hold tensors {_TENSORS}, found {kinds}")
         if {k: metadata.get(k) for k in _FORMAT} != _FORMAT:
             raise CorruptionError(
                 f"{where}: metadata must say {_FORMAT}, found {dict(list(metadata.items())[:4])}"
@@ -159,7 +187,12 @@ class SketchBasis:
         groups = tuple(CoordinateGroup(*map(int, row)) for row in tensors["groups"][: MAX_GROUPS + 1])
         try:
             return SketchBasis(
-                tensors["mean"], tensors["components"], float(tensors["step"][0]), groups, meta.strings()
+                tensors["mean"],
+                tensors["components"],
+                float(tensors["step"][0]),
+                groups,
+                meta.strings(),
+                float(tensors["margin"][0]),
             )
         except IncompatibleError as error:
             raise CorruptionError(f"{where}: {error}") from error

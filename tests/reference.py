@@ -71,6 +71,24 @@ def sketch_logprobs(events: Array, ids: Ids, tail_logits: Array, temperature: fl
     return rows
 
 
+def capped_tail(
+    mean: Array,
+    parts: Array,
+    y: Array,
+    values: Array,
+    *,
+    nodes: tuple[float, ...],
+    at_zero: float,
+    margin: float,
+) -> Array:
+    """Tail logits [n, V] of a sketch, cut `margin` below where its smallest head logit must be."""
+    powers = np.vander(np.array([0.0, *nodes]))
+    heights = np.concatenate([np.full((len(values), 1), at_zero), values], axis=-1)
+    slope = np.linalg.solve(powers, heights.T)[-2]
+    logits = mean + y @ parts.T
+    return np.minimum(logits, (logits.mean(axis=-1) - slope - margin)[:, None])
+
+
 def to_events(logq: Array, ids: Ids) -> Array:
     """Log-probabilities of every token [n, V] -> of the head's tokens and of the rest together, [n, k+1]."""
     rest = np.where(in_head(ids, logq.shape[-1]), -np.inf, logq)

@@ -169,6 +169,8 @@ class _Pass:
             rows[:] = _float32(basis.mean)
             y = _view(target.coordinates)[index]
             multiply_into(rows, y, _float32(basis.components), b_transposed=True, add=True)
+            if target.tail_ceiling is not None:
+                np.minimum(rows, _view(target.tail_ceiling)[index][:, None], out=rows)
             return rows
         chosen = target.tokens(mx.array(index))
         rows[:] = _float32(chosen.tail_logits() if target.kind == "sketch" else chosen.logits())

@@ -6,12 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmetal_distill.losses.chunked_head import HeadOptions, head_loss
 from pmetal_distill.losses.divergences import Divergence
+from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.target import NEGATIVE, TailBasis, TargetKind, TeacherTarget
 from schemas.arrays import TargetArrays
-from schemas.basis import CoordinateGroup, SketchBasis
+from schemas.basis import NO_CEILING, CoordinateGroup, SketchBasis
 from schemas.errors import IncompatibleError, UsageError
 from schemas.spec import TargetSpec
+from schemas.tail import tail_logits
 from tests import reference
 from tests.pmetal_distill.loss_cases import KINDS, NODES, STYLES, make_case, make_target
 
@@ -92,7 +95,13 @@ def test_live_head_equals_dense_logits() -> None:
 
 
 def cached(
-    tail: str, *, vocab: int = 50, k: int = 4, rank: int = 3, leading: tuple[int, ...] = (2, 3)
+    tail: str,
+    *,
+    vocab: int = 50,
+    k: int = 4,
+    rank: int = 3,
+    leading: tuple[int, ...] = (2, 3),
+    margin: float = NO_CEILING,
 ) -> tuple:
     rng = np.random.default_rng(0)
     spec = TargetSpec(vocab, k, tail, () if tail == "none" else NODES)  # type: ignore[arg-type]
@@ -112,6 +121,7 @@ def cached(
             rng.standard_normal((vocab, rank)).astype(np.float32),
             1.0,
             (CoordinateGroup(0, rank, 255),),
+            margin=margin,
         )
         for _ in range(3)
     ]
@@ -138,6 +148,66 @@ def test_each_token_uses_its_own_basis() -> None:
         chosen = index.reshape(-1) == number
         np.testing.assert_allclose(mixed[chosen], alone[chosen], atol=1e-6)
         assert np.abs(mixed[~chosen] - alone[~chosen]).max() > 0.1
+
+
+@settings(max_examples=20)
+@given(margin=st.floats(-2.0, 4.0), vocab=st.integers(8, 400), seed=st.integers(0, 2**31))
+def test_no_tail_logit_rises_above_the_ceiling(margin: float, vocab: int, seed: int) -> None:
+    spec, arrays, bases = cached("sketch", vocab=vocab, margin=margin)
+    rng = np.random.default_rng(seed)
+    y = (rng.standard_normal((6, 3)) * 4).astype(np.float32)
+    arrays = TargetArrays(*arrays.reshape(6).parts()[:3], y)
+    basis = bases[0]
+    soft = TeacherTarget.from_arrays(arrays, spec, bases=[TailBasis.from_sketch(basis)]).at(2.0)
+    expected = reference.capped_tail(
+        basis.mean.astype(np.float64), basis.components.astype(np.float64), y.astype(np.float64),
+        arrays.tail_curve.astype(np.float64), nodes=NODES, at_zero=spec.curve.at_zero, margin=basis.margin,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.array(soft.tail_logits()), expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(tail_logits(basis, spec.curve, arrays), expected, rtol=1e-4, atol=1e-3)
+    events = np.array(soft.events(), np.float64)
+    rows = reference.sketch_logprobs(events, arrays.head_ids, expected, 2.0)
+    np.testing.assert_allclose(np.array(soft.rows()), rows, rtol=1e-4, atol=2e-3)
+
+
+def test_the_ceiling_cuts_only_where_there_is_one() -> None:
+    spec, arrays, bases = cached("sketch", margin=1.0)
+    _, _, free = cached("sketch")
+    device = [TailBasis.from_sketch(b) for b in (bases[0], free[0])]
+    index = np.array([[0, 1, 1], [0, 0, 1]])
+    mixed = TeacherTarget.from_arrays(arrays, spec, bases=device, basis_index=index).at(2.0)
+    rows = np.array(mixed.tail_logits())
+    for number, basis in enumerate((bases[0], free[0])):
+        alone = tail_logits(basis, spec.curve, arrays.reshape(6))
+        chosen = index.reshape(-1) == number
+        np.testing.assert_allclose(rows[chosen], alone[chosen], atol=1e-4)
+    assert TeacherTarget.from_arrays(arrays, spec, bases=device[1:]).at(2.0).tail_ceiling is None
+    cut = tail_logits(bases[0], spec.curve, arrays) < tail_logits(free[0], spec.curve, arrays)
+    assert 0.01 < cut.mean() < 0.9
+
+
+def test_a_smaller_vocabulary_keeps_the_ceiling() -> None:
+    spec, arrays, bases = cached("sketch", margin=1.0)
+    arrays = TargetArrays(arrays.head_ids % 10, *arrays.parts()[1:])
+    whole = TailBasis.from_sketch(bases[0])
+    full = TeacherTarget.from_arrays(arrays, spec, bases=[whole]).at(1.0).tail_logits()
+    part = TeacherTarget.from_arrays(arrays, spec, bases=[whole.restricted(45)], vocab_size=45)
+    np.testing.assert_allclose(np.array(part.at(1.0).tail_logits()), np.array(full)[:, :45], atol=1e-5)
+
+
+@pytest.mark.parametrize("bases_used", [1, 2])
+def test_the_host_back_end_cuts_as_plain_operations_do(bases_used: int) -> None:
+    spec, arrays, bases = cached("sketch", margin=1.0)
+    device = [TailBasis.from_sketch(b) for b in bases[:bases_used]]
+    target = TeacherTarget.from_arrays(arrays, spec, bases=device, basis_index=np.arange(6) % bases_used)
+    head = HeadParts(mx.random.normal((50, 8), key=mx.random.key(1)))
+    hidden = mx.random.normal((6, 8), key=mx.random.key(2))
+    labels, mask = mx.zeros((6,), mx.int32), mx.array([1.0, 1, 0, 1, 1, 1])
+    plain, host = (
+        head_loss(hidden, head, target.at(2.0), labels, mask, options=HeadOptions(backend=name)).total
+        for name in ("plain", "host")
+    )
+    assert host.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

@@ -15,7 +15,7 @@ def make_basis(vocab_size=40, *, groups=GROUPS, step=0.5):
     rng = np.random.default_rng(1)
     mean = rng.normal(size=vocab_size).astype(np.float32)
     components = rng.normal(size=(vocab_size, groups[-1].stop)).astype(np.float32)
-    return SketchBasis(mean, components, step, groups, {"fitted": "on noise"})
+    return SketchBasis(mean, components, step, groups, {"fitted": "on noise"}, margin=0.7)
 
 
 def write(folder, data):
@@ -30,7 +30,8 @@ def test_round_trip_is_exact_and_deterministic(tmp_path):
     back = load_basis(write(tmp_path, data), sha256=hashlib.sha256(data).hexdigest())
     np.testing.assert_array_equal(back.mean, basis.mean)
     np.testing.assert_array_equal(back.components, basis.components)
-    assert (back.step, back.groups, back.meta) == (basis.step, basis.groups, basis.meta)
+    for name in ("step", "groups", "meta", "margin"):
+        assert getattr(back, name) == getattr(basis, name)
     assert back.to_bytes() == data
 
 
@@ -42,7 +43,7 @@ def test_components_are_rounded_as_they_are_stored():
 def test_the_safetensors_library_reads_it():
     tensors = safetensors.numpy.load(make_basis().to_bytes())
     assert {n: a.shape for n, a in tensors.items()} == {
-        "mean": (40,), "components": (40, 12), "step": (1,), "groups": (3, 3)
+        "mean": (40,), "components": (40, 12), "step": (1,), "groups": (3, 3), "margin": (1,)
     }  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def test_truncated_keeps_the_leading_coordinates():
     basis = make_basis()
     short = basis.truncated(4)
     np.testing.assert_array_equal(short.components, basis.components[:, :4])
+    assert short.margin == basis.margin
     assert short.groups == (CoordinateGroup(0, 2, 65536), CoordinateGroup(2, 4, 15))
     with pytest.raises(IncompatibleError, match="rank must be from 1 to the stored 12, found 13"):
         basis.truncated(13)
@@ -60,6 +62,9 @@ def test_truncated_keeps_the_leading_coordinates():
     [
         ({"step": 0.0}, "step must be"),
         ({"step": float("nan")}, "step must be"),
+        ({"step": 1e-7}, "step must be"),
+        ({"margin": float("nan")}, "margin must be finite"),
+        ({"margin": 1e39}, "margin must be finite"),
         ({"groups": (CoordinateGroup(0, 11, 3),)}, "must cover 0..12"),
         ({"groups": (CoordinateGroup(1, 12, 3),)}, "must cover 0..12"),
         ({"groups": (CoordinateGroup(0, 12, 7),)}, "levels"),
