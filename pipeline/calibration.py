@@ -1,35 +1,136 @@
-"""What stage one learns from a sample before it writes: the codebook's frequencies and predictor.
+"""What stage one learns from samples: the sketch's basis, the codebook, whether a shard's text has drifted.
 
-The sample is spread over the whole data set. Where it would be a good part of the data, all of it is read and
-the teacher's states are kept for the main pass, so that calibration costs no second forward pass.
+The calibration sample is spread over the whole data set. Where it would be a good part of the data, all of it
+is read and the teacher's states are kept for the main pass, so that calibration costs no second forward pass.
+Every shard is then judged by a sample of its own. All of it is a pure function of the settings and the data,
+so a resumed run and several workers come to the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.console import Console
+from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
+from schemas.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from pmetal_distill.models import LoadedModel
+    from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample
+    from schemas.codebook import Codebook
 
 CODEBOOK_TOKENS = 4096
 KEEP_ALL_FACTOR = 2
+HELD_BACK_SHARE = 8
+HELD_BACK_TOKENS = 1024
+SHARD_TOKENS = 2048
+SHARD_HELD_BACK_TOKENS = 256
+LEAST_HELD_BACK_TOKENS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Which sequences calibrate.
+@dataclass(slots=True, eq=False)
+class Calibrator:
+    """Makes the sidecars of a cache.
 
-    Attributes:
-        num_tokens: trained positions wanted.
-        seed: of the draw.
+    Args:
+        settings: of the stage.
+        teacher: the loaded teacher.
+        runner: feeds it.
+        spec: of the targets.
+        console: where progress goes.
     """
 
-    num_tokens: int
-    seed: int = 0
+    settings: CacheSettings
+    teacher: "LoadedModel"
+    runner: TeacherRunner
+    spec: TargetSpec
+    console: Console
 
-    def states(self, runner: TeacherRunner) -> Iterator[TeacherStates]:
-        """The teacher's states of the sample, sequence by sequence."""
-        data = runner.dataset
-        if KEEP_ALL_FACTOR * self.num_tokens >= data.num_targets:
-            runner.keep_tokens = data.num_targets
-            yield from runner.run(range(data.num_sequences), keep=True)
+    def codebook(self) -> "Codebook":
+        """The codebook alone, for targets without a sketch."""
+        from pmetal_distill.offline.capture import capture_hidden
+        from schemas.codebook import Codebook
+
+        states, _ = self._rows(min(CODEBOOK_TOKENS, self.runner.dataset.num_targets))
+        return Codebook.fit(
+            capture_hidden(states, self._logits_of, self.spec, chunk=self.settings.head_chunk), self.spec
+        )
+
+    def monitor(self) -> "DriftMonitor":
+        """The calibration of the whole data set, and the judge of its shards."""
+        from pmetal_distill.offline.calibrate import DriftMonitor, calibrate
+
+        states, documents = self._rows(self.settings.calibration_tokens)
+        sample, held_back = self._split(states, documents, most=HELD_BACK_TOKENS)
+        calibration = calibrate(
+            sample,
+            held_back,
+            self.spec,
+            rank=self.settings.sketch_rank,
+            step=self.settings.sketch_step,
+            head=self.teacher.head,
+        )
+        return DriftMonitor(calibration, self.teacher.head)
+
+    def of_shard(self, monitor: "DriftMonitor", sequences: Sequence[int]) -> "Calibration":
+        """The calibration that a shard uses, with the errors measured on its own text."""
+        starts = sorted({self.runner.batch_of(number).start for number in sequences})
+        lengths = self.runner.dataset.sequence_lengths()
+        batches = max(1, round(len(starts) * SHARD_TOKENS / max(1, int(lengths[list(sequences)].sum()))))
+        chosen = [starts[i] for i in np.linspace(0, len(starts) - 1, min(batches, len(starts))).astype(int)]
+        self.runner.keep_tokens = max(self.runner.keep_tokens, 4 * SHARD_TOKENS)
+        members = [n for n in sequences if self.runner.batch_of(n).start in set(chosen)]
+        states, documents = _stacked(self.runner.run(members, keep=True))
+        sample, held_back = self._split(states, documents, most=SHARD_HELD_BACK_TOKENS)
+        if len(held_back) < LEAST_HELD_BACK_TOKENS or len(sample) < LEAST_HELD_BACK_TOKENS:
+            return monitor.calibration
+        return monitor.choose(sample, held_back)
+
+    def _rows(self, num_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Final states [n, d] of a sample of the data set, and the document of each."""
+        data = self.runner.dataset
+        if KEEP_ALL_FACTOR * num_tokens >= data.num_targets:
+            self.runner.keep_tokens = data.num_targets
+            found: Iterable[TeacherStates] = self.runner.run(range(data.num_sequences), keep=True)
+            total = data.num_targets
         else:
-            yield from runner.sample(data.sample_sequences(self.num_tokens, seed=self.seed).tolist())
+            found = self.runner.sample(data.sample_sequences(num_tokens, seed=self.settings.seed).tolist())
+            total = num_tokens
+        with self.console.progress("calibrating", total=total, unit="tokens") as progress:
+
+            def watched() -> Iterable[TeacherStates]:
+                for states in found:
+                    progress.advance(len(states.final))
+                    yield states
+
+            return _stacked(watched())
+
+    def _split(
+        self, states: NDArray[np.float32], documents: NDArray[np.int32], *, most: int
+    ) -> tuple["Sample", "Sample"]:
+        """Rows to fit on and, of other documents, at most `most` rows to measure on."""
+        from pmetal_distill.offline.calibrate import Sample
+
+        apart = np.isin(documents, np.unique(documents)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
+        if not apart.any():  # too few documents to set one apart: the end of the sample is the next best
+            apart = np.arange(len(states)) >= len(states) - len(states) // HELD_BACK_SHARE
+        chunk = self.settings.head_chunk
+        held_back = Sample(states[apart], self._logits_of, chunk)
+        return Sample(states[~apart], self._logits_of, chunk), held_back.thinned(most)
+
+    def _logits_of(self, states: Any) -> Any:
+        return self.teacher.logits(states) if self.teacher.splits else states
+
+
+def _stacked(found: Iterable[TeacherStates]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    from pmetal_distill.offline.capture import as_numpy
+
+    rows, documents = [], []
+    for states in found:
+        rows.append(np.array(as_numpy(states.final)))
+        documents.append(states.documents[states.loss_mask])
+    return np.concatenate(rows), np.concatenate(documents)

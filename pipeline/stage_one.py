@@ -5,27 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.calibration import CODEBOOK_TOKENS, Sample
+from pipeline.calibration import Calibrator
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.arrays import TargetArrays
-from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
 from schemas.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.offline.calibrate import DriftMonitor
+    from pmetal_distill.offline.capture import CoordinateMap
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
-
-
-@dataclass(frozen=True, slots=True)
-class Sidecars:
-    """What the targets of a shard are coded with."""
-
-    basis: SketchBasis | None
-    codebook: Codebook
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +41,15 @@ class StageOne:
     tokens: int = 0
     seconds: float = 0.0
     _runner: TeacherRunner = field(init=False)
+    _calibrator: Calibrator = field(init=False)
 
     def __post_init__(self) -> None:
         hidden = self.writer.dataset.hidden
         self._runner = TeacherRunner(
             self.teacher, self.data, self.settings.batch_size, hidden.layers if hidden else ()
+        )
+        self._calibrator = Calibrator(
+            self.settings, self.teacher, self._runner, self.writer.dataset.target, self.console
         )
 
     def write_missing(self) -> None:
@@ -60,29 +57,40 @@ class StageOne:
         missing = self.writer.missing_shards()
         if not missing:
             return
-        sidecars = self._sidecars()
-        total = sum(self._num_tokens(shard) for shard in missing)
         started = time.perf_counter()
+        coding = self._learn()
+        total = sum(self._num_tokens(shard) for shard in missing)
         with self.console.progress("caching", total=total, unit="tokens") as progress:
             for shard in missing:
-                self.writer.write_shard(shard, self._sequences(shard, progress), codebook=sidecars.codebook)
-        self.seconds += time.perf_counter() - started
+                self._write_shard(shard, coding, progress)
+        self.seconds = time.perf_counter() - started
 
-    def _sidecars(self) -> Sidecars:
-        """Those of the shards that are there, else made from a sample of the data."""
-        basis, codebook, _ = self.writer.last_sidecars()
-        if codebook is not None:
-            return Sidecars(basis, codebook)
-        started = time.perf_counter()
-        sample = Sample(min(CODEBOOK_TOKENS, self.data.num_targets), self.settings.seed)
-        with self.console.progress("calibrating", total=sample.num_tokens, unit="tokens") as progress:
-            parts = []
-            for states in sample.states(self._runner):
-                parts.append(self._capture(states))
-                progress.advance(len(states.final))
-        codebook = Codebook.fit(TargetArrays.concatenate(parts), self.writer.dataset.target)
-        self.seconds += time.perf_counter() - started
-        return Sidecars(None, codebook)
+    def _learn(self) -> "DriftMonitor | Codebook":
+        """What the whole data set is coded with: the same in every run and for every worker."""
+        if self.writer.dataset.target.tail == "sketch":
+            return self._calibrator.monitor()
+        return self._calibrator.codebook()
+
+    def _write_shard(self, shard: int, coding: "DriftMonitor | Codebook", progress: Progress) -> None:
+        numbers = self.writer.dataset.shard_range(shard)
+        if isinstance(coding, Codebook):
+            self.writer.write_shard(shard, self._sequences(numbers, None, progress), codebook=coding)
+            return
+        chosen = self._calibrator.of_shard(coding, numbers)
+        measured = {
+            f"{name}@{temperature:g}": getattr(error, name)
+            for temperature, error in chosen.error.items()
+            for name in ("gradient", "kl", "total_variation")
+        }
+        self.writer.write_shard(
+            shard,
+            self._sequences(numbers, chosen.map, progress),
+            basis=chosen.basis,
+            codebook=chosen.codebook,
+            measured={**measured, "refitted": float(chosen.basis is not coding.calibration.basis)},
+        )
+        if chosen.basis is not coding.calibration.basis:
+            self.console.note(f"shard {shard}: its text is unlike the sample, so it has a basis of its own")
 
     def summary(self) -> dict[str, Any]:
         """What this process has written."""
@@ -96,24 +104,26 @@ class StageOne:
         numbers = self.writer.dataset.shard_range(shard)
         return int(self.data.sequence_lengths()[numbers.start : numbers.stop].sum())
 
-    def _sequences(self, shard: int, progress: Progress) -> Iterator["CapturedSequence"]:
+    def _sequences(
+        self, numbers: range, sketch: "CoordinateMap | None", progress: Progress
+    ) -> Iterator["CapturedSequence"]:
         from pmetal_distill.offline.writer import CapturedSequence
 
-        for states in self._runner.run(self.writer.dataset.shard_range(shard)):
+        for states in self._runner.run(numbers):
             length = len(states.token_ids)
             yield CapturedSequence(
                 states.token_ids,
-                states.documents - states.documents[0],
+                states.documents - states.documents.min(),
                 states.loss_mask,
-                self._targets(states),
+                self._targets(states, sketch),
                 states.layers,
             )
             self.tokens += length
             progress.advance(length)
 
-    def _targets(self, states: TeacherStates) -> TargetArrays:
+    def _targets(self, states: TeacherStates, sketch: "CoordinateMap | None") -> TargetArrays:
         """Targets of every position of a sequence; zeros where the prediction is not trained."""
-        captured = self._capture(states)
+        captured = self._capture(states, sketch)
         targets = TargetArrays.empty(
             len(states.token_ids), k=captured.k, num_nodes=captured.num_nodes, rank=captured.rank
         )
@@ -121,7 +131,7 @@ class StageOne:
             whole[states.loss_mask] = part
         return targets
 
-    def _capture(self, states: TeacherStates) -> TargetArrays:
+    def _capture(self, states: TeacherStates, sketch: "CoordinateMap | None") -> TargetArrays:
         """Targets of the trained positions, their logits made and dropped chunk by chunk."""
         from pmetal_distill.offline.capture import capture_hidden
 
@@ -130,6 +140,7 @@ class StageOne:
                 states.final,
                 self.teacher.logits if self.teacher.splits else lambda logits: logits,
                 self.writer.dataset.target,
+                sketch=sketch,
                 chunk=self.settings.head_chunk,
             )
         except NonFiniteError as error:

@@ -82,7 +82,10 @@ class TeacherRunner:
             yield from self._forward(collate(self.dataset, numbers))
 
     def _batch(self, start: int, *, keep: bool) -> list[TeacherStates]:
+        """States of a fixed batch; kept ones are given away once, unless `keep` asks to keep them on."""
         if start in self._kept:
+            if keep:
+                return self._kept[start]
             states = self._kept.pop(start)
             self._kept_tokens -= _num_rows(states)
             return states
