@@ -5,15 +5,18 @@ bytes (78 MB at V=152k, r=256).
 """
 
 import json
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import Float32
+from schemas.arrays import Float32, Int32
 from schemas.errors import CorruptionError, IncompatibleError
+from schemas.predictor import SUBSTEPS, PredictorTables, SketchPredictor
 from schemas.sidecar import content_name, read_sidecar
 from schemas.spec import MAX_VOCAB_SIZE
 from schemas.strict import Fields, parse_object
@@ -35,6 +38,12 @@ _TENSORS = {
     "groups": ("i4", 2),
     "margin": ("f4", 1),
 }
+_PREDICTOR_TENSORS = {
+    "predictor_head": ("f4", 2),
+    "predictor_token": ("f4", 2),
+    "predictor_constant": ("f4", 1),
+}
+_MAKING_TABLES = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,7 @@ class SketchBasis:
         meta: short strings for people: how it was fitted.
         margin: how far below the smallest head logit tail logits are cut, nats; rounded to float32.
             `NO_CEILING` or more leaves them as they are.
+        predictor: of coordinates from token ids; None predicts 0.
 
     Raises:
         IncompatibleError: shapes that do not fit, values that are not finite in float16, bad groups.
@@ -79,6 +89,8 @@ class SketchBasis:
     groups: tuple[CoordinateGroup, ...]
     meta: dict[str, str] = field(default_factory=dict)
     margin: float = NO_CEILING
+    predictor: SketchPredictor | None = None
+    _tables: dict[int, PredictorTables] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):
@@ -102,6 +114,8 @@ class SketchBasis:
             return f"step must be from {MIN_STEP:g} to {MAX_STEP:g}, found {self.step}"
         if not np.isfinite(self.margin):
             return f"margin must be finite in float32, found {self.margin}"
+        if self.predictor is not None and self.predictor.rank != self.rank:
+            return f"predictor must have rank {self.rank}, found {self.predictor.rank}"
         starts = (0, *(g.stop for g in self.groups))
         ordered = all(
             g.start == s < g.stop and g.levels in LEVELS for g, s in zip(self.groups, starts, strict=False)
@@ -131,7 +145,9 @@ class SketchBasis:
         return float(self.mean.mean(dtype=np.float64)), self.components.mean(axis=0, dtype=np.float64)
 
     def truncated(self, rank: int) -> "SketchBasis":
-        """The basis of the first `rank` coordinates.
+        """The basis of the first `rank` coordinates, to rebuild logits with.
+
+        It has no predictor: one needs all columns, so decoding takes the whole basis and a `rank`.
 
         Raises:
             IncompatibleError: `rank` is not from 1 to the stored rank.
@@ -145,6 +161,41 @@ class SketchBasis:
         )
         return SketchBasis(self.mean, self.components[:, :rank], self.step, groups, self.meta, self.margin)
 
+    def with_predictor(self, predictor: SketchPredictor | None) -> "SketchBasis":
+        """The same basis with another predictor; see `residual_spread` for the groups that suit it."""
+        return replace(self, predictor=predictor)
+
+    def with_groups(self, groups: Sequence[CoordinateGroup]) -> "SketchBasis":
+        """The same basis with other groups."""
+        basis = replace(self, groups=tuple(groups))
+        object.__setattr__(basis, "_tables", self._tables)
+        return basis
+
+    def tables(self, rank: int) -> PredictorTables | None:
+        """The predictor's tables for the leading `rank` coordinates, made once; None without a predictor."""
+        if self.predictor is None:
+            return None
+        with _MAKING_TABLES:
+            if rank not in self._tables:
+                made = self.predictor.tables(self.components, step=self.step, rank=rank)
+                self._tables[rank] = made
+            return self._tables[rank]
+
+    def predict(self, token_ids: Int32, head_ids: Int32) -> Float32:
+        """Predicted coordinates, float32 [n, r], from input ids [n] and all stored head ids [n, k]."""
+        predicted = np.zeros((len(token_ids), self.rank), np.float32)
+        if (tables := self.tables(self.rank)) is not None:
+            for rows, sums in tables.sums(token_ids, head_ids):
+                np.multiply(sums, np.float32(self.step / SUBSTEPS), out=predicted[rows])
+        return predicted
+
+    def residual_spread(
+        self, coordinates: Float32, token_ids: Int32, head_ids: Int32
+    ) -> npt.NDArray[np.float64]:
+        """Root mean squares, float64 [r], of what is left of coordinates [n, r]; for `plan_groups`."""
+        left = coordinates - self.predict(token_ids, head_ids)
+        return np.asarray(np.sqrt(np.square(left, dtype=np.float64).mean(axis=0)), np.float64)
+
     def to_bytes(self) -> bytes:
         """The sidecar file; equal bases give equal bytes."""
         groups = np.array([(g.start, g.stop, g.levels) for g in self.groups], np.int32)
@@ -155,6 +206,10 @@ class SketchBasis:
             "groups": groups,
             "margin": np.array([self.margin], np.float32),
         }
+        if self.predictor is not None:
+            tensors["predictor_head"] = self.predictor.head
+            tensors["predictor_token"] = self.predictor.token
+            tensors["predictor_constant"] = self.predictor.constant
         meta = json.dumps(self.meta, sort_keys=True)
         if len(meta) > MAX_META_BYTES:
             raise IncompatibleError(
@@ -167,12 +222,18 @@ class SketchBasis:
         """The basis in a sidecar file.
 
         Raises:
-            CorruptionError: anything but the five tensors with fitting shapes, types and values.
+            CorruptionError: anything but the five tensors, and perhaps the three of a predictor, with fitting
+                shapes, types and values.
         """
         tensors, metadata = parse_tensors(data, where=where)
         kinds = {name: (a.dtype.str[1:], a.ndim) for name, a in tensors.items()}
         single = all(a.shape == (1,) for name, a in tensors.items() if name in ("step", "margin"))
-        if kinds != _TENSORS or not single or tensors["groups"].shape[1] != 3:
+        predicts = "predictor_constant" in kinds
+        if (
+            kinds != _TENSORS | (_PREDICTOR_TENSORS if predicts else {})
+            or not single
+            or tensors["groups"].shape[1] != 3
+        ):
             raise CorruptionError(f"{where}: must hold tensors {_TENSORS}, found {kinds}")
         if {k: metadata.get(k) for k in _FORMAT} != _FORMAT:
             raise CorruptionError(
@@ -186,6 +247,7 @@ class SketchBasis:
         )
         groups = tuple(CoordinateGroup(*map(int, row)) for row in tensors["groups"][: MAX_GROUPS + 1])
         try:
+            predictor = SketchPredictor(*(tensors[name] for name in _PREDICTOR_TENSORS)) if predicts else None
             return SketchBasis(
                 tensors["mean"],
                 tensors["components"],
@@ -193,6 +255,7 @@ class SketchBasis:
                 groups,
                 meta.strings(),
                 float(tensors["margin"][0]),
+                predictor,
             )
         except IncompatibleError as error:
             raise CorruptionError(f"{where}: {error}") from error

@@ -6,6 +6,7 @@ Each folder holds a small cache and `expected.npz`: what every later version mus
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from schemas.codebook import Codebook  # noqa: E402
 from schemas.hidden import HiddenBasis  # noqa: E402
 from schemas.hidden_spec import HiddenSpec  # noqa: E402
 from schemas.manifest import Dataset  # noqa: E402
+from schemas.predictor import SketchPredictor  # noqa: E402
 from schemas.spec import TargetSpec  # noqa: E402
+from schemas.tail import tail_logits  # noqa: E402
 
 GROUPS = (
     CoordinateGroup(0, 2, 65536),
@@ -32,6 +35,7 @@ GROUPS = (
 )
 CASES = {
     "v1-sketch": (TargetSpec(300, 6), HiddenSpec((1, 4), 20, group_size=8, rank=6), True),
+    "v1-predicted": (TargetSpec(60, 4), None, True),
     "v1-bucket": (TargetSpec(70000, 3, "bucket", (0.25, 1.0, 2.0), 0.01, 0.05), None, False),
     "v1-none": (TargetSpec(20, 20, "none"), HiddenSpec((0,), 5, "float16"), True),
 }
@@ -82,6 +86,9 @@ def write(folder: Path, spec: TargetSpec, hidden: HiddenSpec | None, with_codebo
     basis = SketchBasis(
         rng.normal(size=spec.vocab_size), rng.normal(size=(spec.vocab_size, rank)), 0.5, GROUPS
     )
+    if folder.name == "v1-predicted":
+        predictor = SketchPredictor(*(rng.normal(size=s) for s in ((rank, rank), (rank, rank), rank)))
+        basis = replace(basis, predictor=predictor, margin=0.7)
     sample = TargetArrays.concatenate([s.targets for s in sequences] * 4)
     states = {i: np.concatenate([s.hidden[i] for s in sequences]) for i in (hidden.layers if hidden else ())}
     with CacheWriter.create_or_resume(folder, dataset, {"tokenizer.json": b"{}"}) as writer:
@@ -106,6 +113,9 @@ def expected(folder: Path, hidden: HiddenSpec | None) -> dict[str, np.ndarray]:
     for name in ("token_ids", "documents", "loss_mask"):
         arrays[name] = np.concatenate([getattr(r, name) for r in rows])
     arrays["lengths"] = np.array([len(r) for r in rows])
+    if cache.bases:
+        first = TargetArrays(*(arrays[name][:6] for name in names))
+        arrays["tail_logits"] = tail_logits(cache.bases[0], cache.spec.curve, first)
     return arrays | {f"hidden{i}": np.concatenate([r.hidden[i] for r in rows]) for i in layers}
 
 

@@ -124,6 +124,10 @@ class Cache:
             top = -np.log(np.exp(rel).sum(1) + np.exp(rel[:, -1] + at_one))
         out["logprobs"] = top[:, None] + rel
         out["y"] = self.decode_sketch(table, sidecars["basis"], n)
+        if sidecars["basis"] and "predictor_constant" in sidecars["basis"]:
+            out["y"] = out["y"] + prediction(sidecars["basis"], out["tok"], out["ids"])
+        if sidecars["basis"]:
+            out["t"] = self.tail_logits(sidecars["basis"], out["y"], out["curve"])
         for name in ("ids", "logprobs", "curve", "y"):
             out[name][~out["msk"]] = 0
         return out
@@ -160,6 +164,18 @@ class Cache:
             parts.append(basis["step"][0] * q)
         return np.concatenate(parts, axis=1)
 
+    def tail_logits(self, basis, y, curve):
+        t = basis["mean"] + y @ basis["components"].astype(np.float64).T
+        if basis["margin"][0] >= 1e9:
+            return t
+        ceiling = t.mean(axis=1) - self.slope_at_zero(curve) - basis["margin"][0]
+        return np.minimum(t, ceiling[:, None])
+
+    def slope_at_zero(self, curve):
+        start = np.full(len(curve), np.log(self.target["vocab_size"] - self.target["k"]))
+        powers = np.vander([0.0, *self.target["curve_nodes"]])
+        return np.linalg.solve(powers, np.stack([start, *curve.T]))[-2]
+
     def decode_hidden(self, table, basis):
         spec = self.dataset["hidden"]
         width = spec["rank"] or spec["hidden_size"]
@@ -177,6 +193,17 @@ class Cache:
                 values = values @ basis["components"][position].astype(np.float64).T + basis["mean"][position]
             out[f"hidden{layer}"] = values
         return out
+
+
+def prediction(basis, tok, ids):
+    unit = basis["step"][0] / 64
+    components, d1, d2 = (
+        basis[name].astype(np.float64) for name in ("components", "predictor_head", "predictor_token")
+    )
+    e = np.rint(components @ d1 / unit).clip(-32767, 32767)
+    f = (np.rint(components @ d2 / unit) + np.rint(basis["predictor_constant"] / unit)).clip(-32767, 32767)
+    total = (f[tok] + e[ids].sum(axis=1)).astype(np.int64) & 0xFFFF
+    return unit * np.where(total >= 1 << 15, total - (1 << 16), total)
 
 
 def smaller_head(row, nodes, k):

@@ -6,6 +6,7 @@ from schemas.arrays import TargetArrays, TokenRows
 from schemas.basis import CoordinateGroup, SketchBasis
 from schemas.codebook import Codebook
 from schemas.codec import Codec
+from schemas.predictor import SketchPredictor
 
 ALL_LEVELS = (
     CoordinateGroup(0, 2, 65536),
@@ -22,6 +23,11 @@ def random_basis(vocab_size, *, groups=ALL_LEVELS, step=0.5, seed=0):
     return SketchBasis(
         rng.normal(size=vocab_size), rng.normal(size=(vocab_size, rank)), step, groups, {"seed": str(seed)}
     )
+
+
+def random_predictor(rank, *, scale=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    return SketchPredictor(*(scale * rng.normal(size=s) for s in ((rank, rank), (rank, rank), rank)))
 
 
 def random_logits(num_tokens, vocab_size, *, scale=3.0, seed=0):
@@ -52,16 +58,23 @@ def random_coordinates(num_tokens, basis, *, seed=0, over=1.0):
     return (unit * largest * basis.step * over).astype(np.float32)
 
 
-def random_case(spec, *, num_tokens=64, seed=0, masked=0.2, scale=3.0, with_codebook=True):
+def random_case(
+    spec, *, num_tokens=64, seed=0, masked=0.2, scale=3.0, with_codebook=True, with_predictor=False
+):
     """(targets, rows, codec) of random logits; some rows are masked."""
     rng = np.random.default_rng(seed)
     basis = random_basis(spec.vocab_size, seed=seed) if spec.tail == "sketch" else None
     head = head_and_curve(random_logits(num_tokens, spec.vocab_size, scale=scale, seed=seed), spec)
-    targets = TargetArrays(*head, random_coordinates(num_tokens, basis, seed=seed))
+    token_ids = rng.integers(0, spec.vocab_size, num_tokens).astype(np.int32)
+    coordinates = random_coordinates(num_tokens, basis, seed=seed)
+    if with_predictor and basis is not None:
+        basis = basis.with_predictor(random_predictor(basis.rank, seed=seed))
+        coordinates = coordinates + basis.predict(token_ids, head[0])
+    targets = TargetArrays(*head, coordinates)
     codebook = Codebook.fit(targets, spec) if with_codebook else None
     sequence = np.sort(rng.integers(0, 3, num_tokens)).astype(np.int32)
     rows = TokenRows(
-        token_ids=rng.integers(0, spec.vocab_size, num_tokens).astype(np.int32),
+        token_ids=token_ids,
         sequences=sequence,
         documents=rng.integers(0, 4, num_tokens).astype(np.int32),
         loss_mask=rng.random(num_tokens) >= masked,

@@ -42,10 +42,12 @@ def through_parquet(table, codec):
     return pq.ParquetFile(io.BytesIO(sink.getvalue()), page_checksum_verification=True).read()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(specs, st.integers(0, 10**6), st.sampled_from([0.3, 3.0, 30.0]), st.booleans())
-def test_decode_of_encode_is_within_the_stated_bounds(spec, seed, scale, with_codebook):
-    targets, rows, codec = random_case(spec, seed=seed, scale=scale, with_codebook=with_codebook)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(specs, st.integers(0, 10**6), st.sampled_from([0.3, 3.0, 30.0]), st.booleans(), st.booleans())
+def test_decode_of_encode_is_within_the_stated_bounds(spec, seed, scale, with_codebook, with_predictor):
+    targets, rows, codec = random_case(
+        spec, seed=seed, scale=scale, with_codebook=with_codebook, with_predictor=with_predictor
+    )
     table, saturation = encode(targets, rows, codec)
     got_rows, got = decode(through_parquet(table, codec), codec)
     on = rows.loss_mask
@@ -71,6 +73,14 @@ def test_decode_of_encode_is_within_the_stated_bounds(spec, seed, scale, with_co
     assert not any(part[~on].any() for part in got.parts())
 
 
+def test_a_smaller_head_keeps_the_predictions_of_the_whole_one():
+    targets, rows, codec = random_case(SPECS["sketch"], with_predictor=True)
+    table, _ = encode(targets, rows, codec)
+    np.testing.assert_array_equal(
+        decode(table, codec, k=2)[1].coordinates, decode(table, codec)[1].coordinates
+    )
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_probabilities_sum_to_one(spec):
     targets, rows, codec = random_case(spec, num_tokens=12, masked=0)
@@ -81,10 +91,11 @@ def test_probabilities_sum_to_one(spec):
     assert total == pytest.approx(np.ones(len(rows)), abs=1e-6 if spec.num_nodes else 0.01)
 
 
+@pytest.mark.parametrize("with_predictor", [False, True])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_decoding_twice_encodes_to_the_same_bytes(spec):
+def test_decoding_twice_encodes_to_the_same_bytes(spec, with_predictor):
     """The grid is a fixed point: encode(decode(x)) == x, so nothing drifts when a cache is rewritten."""
-    targets, rows, codec = random_case(spec, num_tokens=12, with_codebook=True)
+    targets, rows, codec = random_case(spec, num_tokens=12, with_codebook=True, with_predictor=with_predictor)
     table, _ = encode(targets, rows, codec)
     again, _ = encode(decode(table, codec)[1], rows, codec)
     if spec.tail == "none":
@@ -93,7 +104,7 @@ def test_decoding_twice_encodes_to_the_same_bytes(spec):
 
 
 def test_permuting_tokens_commutes_with_the_codec():
-    targets, rows, codec = random_case(SPECS["sketch"])
+    targets, rows, codec = random_case(SPECS["sketch"], num_tokens=600, with_predictor=True)
     order = np.random.default_rng(5).permutation(len(rows))
     _, straight = decode(encode(targets, rows, codec)[0], codec)
     _, permuted = decode(encode(targets[order], rows[order], codec)[0], codec)
@@ -119,9 +130,10 @@ def test_a_smaller_head_is_the_target_of_the_same_logits_with_that_head(name, k)
     assert len(rows_full) == 12
 
 
+@pytest.mark.parametrize("with_predictor", [False, True])
 @pytest.mark.parametrize("rank", range(ALL_LEVELS[-1].stop + 1))
-def test_a_smaller_rank_is_a_prefix_and_needs_fewer_columns(rank):
-    targets, rows, codec = random_case(SPECS["sketch"])
+def test_a_smaller_rank_is_a_prefix_and_needs_fewer_columns(rank, with_predictor):
+    targets, rows, codec = random_case(SPECS["sketch"], with_predictor=with_predictor)
     table, _ = encode(targets, rows, codec)
     _, full = decode(table, codec)
     _, got = decode(table.select(codec.columns(rank=rank)), codec, rank=rank)
@@ -178,16 +190,18 @@ def test_packing_holds_every_value(levels, width):
         np.testing.assert_array_equal(out, values[:, :kept])
 
 
-def test_masked_rows_are_stored_as_zeros():
-    targets, rows, codec = random_case(SPECS["sketch"], masked=1.0)
+@pytest.mark.parametrize("with_predictor", [False, True])
+def test_masked_rows_are_stored_as_zeros(with_predictor):
+    targets, rows, codec = random_case(SPECS["sketch"], masked=1.0, with_predictor=with_predictor)
     table, _ = encode(targets, rows, codec)
     for name in table.schema.names:
         if name not in ("seq", "doc", "msk", "tok0", "tok1"):
             assert set(table.column(name).to_pylist()) == {bytes(table.schema.field(name).type.byte_width)}
 
 
-def test_nothing_of_a_masked_row_is_looked_at():
-    targets, rows, codec = random_case(SPECS["sketch"], masked=0.5)
+@pytest.mark.parametrize("with_predictor", [False, True])
+def test_nothing_of_a_masked_row_is_looked_at(with_predictor):
+    targets, rows, codec = random_case(SPECS["sketch"], masked=0.5, with_predictor=with_predictor)
     clean, _ = encode(targets, rows, codec)
     dirty = [a.copy() for a in targets.parts()]
     for a in dirty:

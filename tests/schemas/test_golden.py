@@ -7,13 +7,16 @@ from pathlib import Path
 import independent_reader
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.offline.verify import verify_cache
+from schemas.arrays import TargetArrays
 from schemas.errors import CacheError
+from schemas.tail import tail_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ["v1-sketch", "v1-bucket", "v1-none"]
+NAMES = ["v1-sketch", "v1-predicted", "v1-bucket", "v1-none"]
 EXACT = {"ids": "head_ids", "tok": "token_ids", "doc": "documents", "msk": "loss_mask"}
 CLOSE = {"logprobs": "head_logprobs", "curve": "tail_curve", "y": "coordinates"}
 
@@ -21,6 +24,10 @@ CLOSE = {"logprobs": "head_logprobs", "curve": "tail_curve", "y": "coordinates"}
 def expected(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def read_basis(name):
+    return next((GOLDEN / name / "bases").glob("basis-*")).read_bytes()
 
 
 def independent(name):
@@ -47,6 +54,17 @@ def test_the_library_reads_golden_caches(name):
     assert verify_cache(GOLDEN / name).findings == []
 
 
+@pytest.mark.parametrize("name", ["v1-sketch", "v1-predicted"])
+def test_tail_logits_of_golden_sketches(name):
+    want, cache = expected(name), LogitCache(GOLDEN / name)
+    names = ("head_ids", "head_logprobs", "tail_curve", "coordinates")
+    targets = TargetArrays(*(want[n][:6] for n in names))
+    got = tail_logits(cache.bases[0], cache.spec.curve, targets)
+    np.testing.assert_allclose(got, want["tail_logits"], rtol=1e-5, atol=1e-5)
+    free = targets.coordinates @ cache.bases[0].components.T + cache.bases[0].mean
+    assert (got < free - 1e-3).any() == (name == "v1-predicted")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reader_made_from_the_page_agrees(name):
     want, got = expected(name), independent(name)
@@ -54,6 +72,9 @@ def test_a_reader_made_from_the_page_agrees(name):
         np.testing.assert_array_equal(got[mine], want[theirs])
     for mine, theirs in CLOSE.items():
         np.testing.assert_allclose(got[mine], want[theirs], rtol=1e-5, atol=1e-5)
+    if "tail_logits" in want:
+        on = want["loss_mask"][:6]
+        np.testing.assert_allclose(got["t"][:6][on], want["tail_logits"][on], rtol=1e-4, atol=1e-4)
     for key in (k for k in want if k.startswith("hidden")):
         np.testing.assert_allclose(got[key], want[key], rtol=1e-5, atol=1e-4)
 
@@ -93,6 +114,7 @@ def test_the_page_names_every_key_and_column():
         keys |= set(json.loads((GOLDEN / name / "commits/00000.json").read_bytes()))
         keys |= set(cache.spec.to_json())
         keys |= set(cache.dataset.hidden.to_json() if cache.dataset.hidden else ())
+        keys |= set(safetensors.numpy.load(read_basis(name))) if cache.bases else set()
         keys |= {n for n in cache.shards[0].codec.schema.names if not n.startswith("sk")}
         assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
