@@ -1,8 +1,8 @@
-"""Capture: teacher logits -> exact head, tail curve and sketch coordinates. The CPU path costs ~0.1 ms a token.
+"""Capture: teacher logits -> exact head, tail curve and sketch coordinates. On the CPU 0.15 ms a token.
 
-On a GPU the row kernel does it (`kernels.capture`). On the CPU NumPy reads the logits of MLX in place, a row at
-a time, so that all passes over a row hit the processor's cache: the top k from maxima of strided groups, and
-all nodes of the curve as products of powers of one exponential. `python benchmarks/fidelity.py` times it.
+On a GPU the row kernel does it (`kernels.capture`). On the CPU NumPy reads the logits of MLX in place, a row
+at a time, so that all passes over a row hit the processor's cache: the top k from maxima of strided groups,
+and all nodes of the curve as products of powers of one exponential. `python benchmarks/fidelity.py` times it.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class CoordinateMap:
         return len(self.offset)
 
     def coordinates(self, hidden: Rows | None, logits: Rows | None) -> Float32:
-        """Coordinates [n, r] of rows given as hidden states [n, d] or logits [n, V], whichever `source` says."""
+        """Coordinates [n, r] of hidden states [n, d] or logits [n, V], whichever `source` says."""
         rows = hidden if self.source == "hidden" else logits
         if rows is None or rows.shape[-1] != self.projection.shape[1]:
             found = "none" if rows is None else str(rows.shape)
