@@ -164,7 +164,6 @@ def _cache_settings(options: DemoOptions, teacher: Path, data: Path) -> CacheSet
         data=str(data),
         out=options.out / "cache",
         max_seq_len=options.seq_len,
-        tail="bucket",
         sequences_per_shard=32,
     )
 
@@ -178,7 +177,7 @@ def _train_settings(options: DemoOptions, student: Path) -> TrainSettings:
         learning_rate=6e-4,
         steps_per_report=4,
         alpha=1.0,
-        temperature=1.0,
+        temperature=2.0,
     )
 
 

@@ -117,6 +117,60 @@ class TestCache:
             assert error < 0.01 * np.abs(exact).max()
 
 
+class TestSketch:
+    def test_rebuilt_targets_are_close_to_the_teacher_and_training_takes_them(
+        self, cli: Cli, tiny_teacher: Path, tiny_student: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        words = ("--teacher", tiny_teacher, "--data", text_file, "--out", tmp_path / "c", "--max-seq-len", 64)
+        fine = ("--sketch-rank", 24, "--sketch-step", 0.5, "--calibration-tokens", 900, "--batch-size", 4)
+        got = cli("cache", *words, *fine, "--sequences-per-shard", 8, "--json")
+        assert got.code == 0, got.err
+        assert cli("verify", tmp_path / "c").code == 0
+        facts = cli("inspect", tmp_path / "c", "--json").json
+        assert facts["target"]["tail"] == "sketch"
+        measured = facts["measured"]
+        assert 0 < measured["gradient@2"] < 0.5
+        assert 0 < measured["kl@1"] < 0.2
+        run = ("--iters", 20, "--learning-rate", 3e-3, "--alpha", 1.0, "--batch-size", 4, "--json")
+        losses = {
+            tail: cli(
+                "train",
+                "--student",
+                tiny_student,
+                "--cache",
+                tmp_path / "c",
+                "--out",
+                tmp_path / tail,
+                *run,
+                "--tail",
+                tail,
+            ).json["soft"]
+            for tail in ("sketch", "bucket", "none")
+        }
+        assert losses["bucket"] < losses["sketch"]
+
+    def test_a_second_run_and_a_resumed_one_give_the_same_bytes(
+        self, tiny_teacher: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        changes = {"tail": "sketch", "sketch_rank": 8, "sketch_step": 1.0, "calibration_tokens": 500}
+        for name in ("one", "two"):
+            run_cache(settings(tiny_teacher, text_file, tmp_path / name, **changes), Console(quiet=True))
+        root = LogitCache(tmp_path / "one").root
+        assert LogitCache(tmp_path / "two").root == root
+        sorted((tmp_path / "two" / "commits").iterdir())[1].unlink()
+        resumed = settings(tiny_teacher, text_file, tmp_path / "two", resume=True, **changes)
+        run_cache(resumed, Console(quiet=True))
+        assert LogitCache(tmp_path / "two").root == root
+
+    def test_a_rank_that_the_sample_cannot_carry(self, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+        data = tmp_path / "short.txt"
+        data.write_text("The quick brown fox.")
+        words = ("--teacher", tiny_teacher, "--data", data, "--out", tmp_path / "c", "--sketch-rank", 30)
+        got = cli("cache", *words)
+        assert got.code == 2
+        assert "at least the sketch rank 30" in got.err
+
+
 class TestTrain:
     @pytest.mark.parametrize("tail", ["bucket", "none"])
     def test_the_student_comes_closer(
