@@ -1,6 +1,7 @@
 """Bytes per token by column; encode and decode speed of target shards, tokens per CPU-second.
 
     python benchmarks/codec.py [CACHE] [--tokens 65536] [--k 16] [--rank 256] [--vocab-size 49152]
+                                [--predictor]
 
 Without CACHE: synthetic targets whose statistics resemble SmolLM2-135M (their bytes are not a claim about
 real text; their speed is). With CACHE: the shards of that folder as they lie.
@@ -22,6 +23,7 @@ from schemas.basis import SketchBasis, plan_groups
 from schemas.codebook import Codebook
 from schemas.codec import Codec, decode, encode
 from schemas.layout import parquet_options
+from schemas.predictor import SketchPredictor
 from schemas.spec import TargetSpec
 
 
@@ -32,6 +34,8 @@ def synthetic(args: argparse.Namespace) -> tuple[TargetArrays, TokenRows, Codec]
     step = 60.0
     mean = np.zeros(args.vocab_size, np.float32)
     components = np.zeros((args.vocab_size, args.rank), np.float32)
+    if args.predictor:
+        components = (0.1 * rng.normal(size=components.shape)).astype(np.float32)
     basis = SketchBasis(mean, components, step, plan_groups(spread, step))
     ids = (args.vocab_size * rng.random((n, args.k)) ** 4).astype(np.int32)
     gaps = rng.exponential(0.35, (n, args.k - 1)) * np.array([4.0, 2.0] + [1.0] * args.k)[: args.k - 1]
@@ -40,6 +44,14 @@ def synthetic(args: argparse.Namespace) -> tuple[TargetArrays, TokenRows, Codec]
     slope = rng.normal(9.0, 0.6, (n, 1))
     curve = spec.curve.at_zero - slope * np.tanh(np.array(spec.curve_nodes)) + rng.normal(0, 0.01, (n, 7))
     y = (rng.normal(size=(n, args.rank)) * spread).astype(np.float32)
+    if args.predictor:
+        shape = (args.rank, args.rank)
+        predictor = SketchPredictor(*(10 * rng.normal(size=s) for s in (shape, shape, args.rank)))
+        start = time.process_time()
+        basis = basis.with_predictor(predictor)
+        basis.tables(args.rank)
+        print(f"  tables   {time.process_time() - start:.2f} CPU-s once a basis")
+        y += basis.predict(ids[:, 0], ids)
     targets = TargetArrays(ids, logprobs, curve.astype(np.float32), y)
     rows = TokenRows(
         ids[:, 0],
@@ -120,6 +132,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=49152)
+    parser.add_argument("--predictor", action="store_true", help="predict coordinates from ids")
     args = parser.parse_args()
     pa.set_cpu_count(1)
     if args.cache is not None:

@@ -1,8 +1,8 @@
 """Prediction of sketch coordinates from token ids: only what ids do not tell is stored.
 
 The prediction is linear in the basis rows of the input token and of all stored head tokens, hence a sum of
-rows of two int16 tables [V, r], made when a basis is first used (4 V r bytes; about a second at V=49k, r=256).
-Sums of 16-bit integers are the same everywhere, so readers and writers agree. They reach 512 steps either way.
+rows of two int16 tables [V, r], made when a basis is first used (4 V r bytes; half a second at V=49k, r=256).
+Sums of 16-bit integers are the same everywhere, so readers and writers agree. They reach 512 steps.
 """
 
 from collections.abc import Iterator

@@ -89,6 +89,16 @@ def test_a_reader_made_from_the_page_agrees_on_smaller_heads():
         np.testing.assert_allclose(got.targets.tail_curve[on], curve[on], rtol=1e-4, atol=1e-4)
 
 
+def test_a_smaller_rank_of_predicted_coordinates_is_a_prefix():
+    want, cache = expected("v1-predicted"), LogitCache(GOLDEN / "v1-predicted", k=2, rank=7)
+    assert cache.bases[0].rank == 7
+    start = 0
+    for number, length in enumerate(want["lengths"].tolist()):
+        got = cache.sequence(number).targets.coordinates
+        np.testing.assert_allclose(got, want["coordinates"][start : start + length, :7], rtol=1e-6)
+        start += length
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_refuse_the_same_damage(name, tmp_path):
     folder = shutil.copytree(GOLDEN / name, tmp_path / "c")
