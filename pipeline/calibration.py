@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from schemas.codebook import Codebook
 
 CODEBOOK_TOKENS = 4096
-KEEP_ALL_FACTOR = 2
+KEEP_ALL_FACTOR = 3
 HELD_BACK_SHARE = 8
 HELD_BACK_TOKENS = 1024
 SHARD_TOKENS = 2048
@@ -107,7 +107,9 @@ class Calibrator:
                     progress.advance(len(states.final))
                     yield states
 
-            return _stacked(watched())
+            states, documents = _stacked(watched())
+        rows = np.linspace(0, len(states) - 1, min(num_tokens, len(states))).astype(int)
+        return states[rows], documents[rows]
 
     def _split(
         self, states: NDArray[np.float32], documents: NDArray[np.int32], *, most: int

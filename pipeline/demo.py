@@ -164,7 +164,8 @@ def _cache_settings(options: DemoOptions, teacher: Path, data: Path) -> CacheSet
         data=str(data),
         out=options.out / "cache",
         max_seq_len=options.seq_len,
-        sequences_per_shard=32,
+        sequences_per_shard=64,
+        calibration_tokens=6144,
     )
 
 
