@@ -1,7 +1,7 @@
 """Calibration: from sampled tokens to a basis with its map, codebook and measured error; and the drift watch.
 
-Costs two head products and about ten passes over the sampled logits, made again in each pass from the hidden
-states (16k tokens of a 135M model on two cores: a minute).
+Costs products and a few passes over the logits of at most 13k of the sampled tokens, made again in each pass
+from the hidden states (16k tokens of a 135M model on two cores: half a minute).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,17 +14,24 @@ import numpy.typing as npt
 
 from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
-from pmetal_distill.offline.sketch import FittedSketch, Moments, fit_basis_linear, fit_basis_logits
-from schemas.arrays import Float32, TargetArrays, TokenRows
-from schemas.basis import NO_CEILING, SketchBasis
+from pmetal_distill.offline.sketch import (
+    FittedSketch,
+    Moments,
+    fit_basis_linear,
+    fit_basis_logits,
+    meant_tokens,
+)
+from schemas.arrays import Float32, Int32, TargetArrays, TokenRows
+from schemas.basis import NO_CEILING, SketchBasis, plan_groups
 from schemas.codebook import Codebook
 from schemas.codec import Codec, decode, encode
 from schemas.errors import UsageError
+from schemas.predictor import SketchPredictor
 from schemas.spec import TargetSpec
 
 MARGINS = (NO_CEILING, 0.0, 0.25, 0.5, 0.75, 1.0)
 DRIFT_FACTOR = 1.5
-_MARGIN_ROWS = 1024
+_MEANT_ROWS, _CODING_ROWS, _MARGIN_ROWS = 4096, 8192, 512
 _MARGIN_TEMPERATURES = (1.0, 2.0)
 
 
@@ -61,11 +68,13 @@ class Sample:
         logits_of: hidden states [m, d] -> logits [m, V]. Where a model cannot be split, `states` are the
             logits themselves and this returns its argument.
         chunk: rows of logits at once.
+        token_ids: int32 [n], input ids at the same positions; without them nothing is predicted from ids.
     """
 
     states: npt.NDArray[np.float32]
     logits_of: Callable[[mx.array], mx.array]
     chunk: int = 256
+    token_ids: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -84,7 +93,14 @@ class Sample:
         """At most `rows` of the rows, evenly spread."""
         if len(self) <= rows:
             return self
-        return replace(self, states=self.states[np.linspace(0, len(self) - 1, rows).astype(int)])
+        kept = np.linspace(0, len(self) - 1, rows).astype(int)
+        token_ids = None if self.token_ids is None else self.token_ids[kept]
+        return replace(self, states=self.states[kept], token_ids=token_ids)
+
+    def captured(self, spec: TargetSpec, made: CoordinateMap | None) -> TargetArrays:
+        """Exact targets of all rows."""
+        parts = [capture(z, spec, hidden=h, sketch=made) for h, z in self.chunks()]
+        return TargetArrays.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,9 +159,10 @@ def calibrate(
 
 
 def sum_moments(sample: Sample) -> Moments:
-    """Moments of all rows of a sample."""
-    parts = [Moments.of(hidden, logits) for hidden, logits in sample.chunks()]
-    return sum(parts[1:], parts[0])
+    """Moments of all rows of a sample; what the teacher means, of at most 4096 of them."""
+    parts = [meant_tokens(logits) for logits in sample.thinned(_MEANT_ROWS).logits()]
+    meant = np.asarray(sum(parts[1:], parts[0]), np.float64)
+    return Moments.of(sample.states, len(meant)).meaning(meant)
 
 
 def measure(
@@ -157,18 +174,30 @@ def measure(
 ) -> dict[float, TargetError]:
     """Errors of a sample's targets, written, read and rebuilt."""
     meter = ErrorMeter(codec.spec, codec.basis, temperatures)
-    for hidden, logits in sample.chunks():
-        targets = capture(logits, codec.spec, hidden=hidden, sketch=made)
-        meter.add(logits, as_stored(targets, codec), hidden)
+    for rows, logits, targets in _stored_chunks(sample, codec, made):
+        meter.add(logits, targets, rows)
     return meter.result()
 
 
-def as_stored(targets: TargetArrays, codec: Codec) -> TargetArrays:
-    """What a reader gets of captured targets [n]."""
+def as_stored(targets: TargetArrays, codec: Codec, token_ids: Int32 | None = None) -> TargetArrays:
+    """What a reader gets of captured targets [n] at these input ids [n]."""
     n = len(targets.head_ids)
     zeros = np.zeros(n, np.int32)
-    table, _ = encode(targets, TokenRows(zeros, zeros, zeros, np.ones(n, np.bool_)), codec)
+    ids = zeros if token_ids is None else token_ids
+    table, _ = encode(targets, TokenRows(ids, zeros, zeros, np.ones(n, np.bool_)), codec)
     return decode(table, codec)[1]
+
+
+def _stored_chunks(
+    sample: Sample, codec: Codec, made: CoordinateMap | None
+) -> Iterator[tuple[Float32, Float32, TargetArrays]]:
+    """(hidden states, logits, targets as a reader gets them) of successive rows."""
+    start = 0
+    for hidden, logits in sample.chunks():
+        ids = None if sample.token_ids is None else sample.token_ids[start : start + len(hidden)]
+        targets = capture(logits, codec.spec, hidden=hidden, sketch=made)
+        yield hidden, logits, as_stored(targets, codec, ids)
+        start += len(hidden)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,25 +268,32 @@ def _finish(
     *,
     step: float,
 ) -> Calibration:
-    thinned = sample.thinned(4 * _MARGIN_ROWS)
-    captured = [capture(z, spec, hidden=h, sketch=fitted.map) for h, z in thinned.chunks()]
-    codebook = Codebook.fit(TargetArrays.concatenate(captured), spec)
-    basis = _with_best_margin(sample.thinned(_MARGIN_ROWS), spec, fitted, codebook, step=step)
+    thinned = sample.thinned(_CODING_ROWS)
+    captured = thinned.captured(spec, fitted.map)
+    codebook = Codebook.fit(captured, spec)
+    plain = _with_predictor(fitted.basis(step=step), captured, thinned.token_ids)
+    basis = _with_best_margin(sample.thinned(_MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
     error = measure(held_back, Codec(spec, basis, codebook), fitted.map)
     return Calibration(spec, basis, codebook, fitted.map, error, fitted, moments)
 
 
-def _with_best_margin(
-    sample: Sample, spec: TargetSpec, fitted: FittedSketch, codebook: Codebook, *, step: float
-) -> SketchBasis:
-    """The basis with the margin of least error; the coordinates do not depend on it."""
-    plain = fitted.basis(step=step)
-    bases = [replace(plain, margin=margin) for margin in MARGINS]
-    meters = [ErrorMeter(spec, basis, _MARGIN_TEMPERATURES) for basis in bases]
-    codec = Codec(spec, plain, codebook)
-    for hidden, logits in sample.chunks():
-        targets = as_stored(capture(logits, spec, hidden=hidden, sketch=fitted.map), codec)
+def _with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32 | None) -> SketchBasis:
+    """The basis with a predictor fitted on the captured tokens, and groups that suit what it leaves."""
+    if token_ids is None:
+        return basis
+    fitted = SketchPredictor.fit(basis.components, captured.coordinates, token_ids, captured.head_ids)
+    predicting = basis.with_predictor(fitted)
+    spread = predicting.residual_spread(captured.coordinates, token_ids, captured.head_ids)
+    return predicting.with_groups(plan_groups(spread, basis.step))
+
+
+def _with_best_margin(sample: Sample, codec: Codec, made: CoordinateMap) -> SketchBasis:
+    """The basis of `codec` with the margin of least error; the coordinates do not depend on it."""
+    assert codec.basis is not None
+    bases = [replace(codec.basis, margin=margin) for margin in MARGINS]
+    meters = [ErrorMeter(codec.spec, basis, _MARGIN_TEMPERATURES) for basis in bases]
+    for rows, logits, targets in _stored_chunks(sample, codec, made):
         for meter in meters:
-            meter.add(logits, targets, hidden)
+            meter.add(logits, targets, rows)
     scores = [sum(e.gradient for e in meter.result().values()) for meter in meters]
     return bases[int(np.argmin(scores))]

@@ -40,16 +40,20 @@ class Moments:
     meant: Float64
 
     @staticmethod
-    def of(hidden: Rows, logits: Float32) -> "Moments":
-        """Of hidden states [n, d] and their logits [n, V].
+    def of(hidden: Rows, vocab_size: int) -> "Moments":
+        """Of hidden states [n, d]; what the teacher means is added by `meaning`.
 
         Raises:
             NonFiniteError: NaN or infinity in a row.
         """
         rows = as_numpy(hidden)
-        _require_finite(rows, "hidden states")
+        require_finite(rows, "hidden states")
         exact = rows.astype(np.float64)
-        return Moments(len(rows), exact.sum(axis=0), exact.T @ exact, meant_tokens(logits))
+        return Moments(len(rows), exact.sum(axis=0), exact.T @ exact, np.zeros(vocab_size))
+
+    def meaning(self, meant: Float64) -> "Moments":
+        """The same hidden states with `meant_tokens` of some of their logits, brought to their weight."""
+        return replace(self, meant=meant * (2 * self.tokens / meant.sum()))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(
@@ -227,7 +231,7 @@ def meant_tokens(logits: Float32) -> Float64:
     for start in range(0, len(logits), _ROWS):
         block = logits[start : start + _ROWS]
         soft = np.exp((block - block.max(axis=1, keepdims=True)) * np.float32(0.25))
-        _require_finite(soft, "logits")
+        require_finite(soft, "logits")
         for powers in (soft, np.square(soft)):
             found += (1 / powers.sum(axis=1, dtype=np.float64)).astype(np.float32) @ powers
     return found
@@ -265,7 +269,8 @@ def _check_rank(rank: int, *, tokens: float, largest: int, what: str) -> None:
         )
 
 
-def _require_finite(rows: Float32, what: str) -> None:
+def require_finite(rows: Float32, what: str) -> None:
+    """Raises NonFiniteError unless all of [n, ...] is finite; `what` is its name."""
     ok = np.isfinite(rows).all(axis=1)
     if not ok.all():
         raise NonFiniteError(
