@@ -1,8 +1,8 @@
 """Gives MLX's CPU build a fast BLAS. Costs one dlopen, on Linux without an NVIDIA driver only.
 
 The Linux CPU wheel of MLX links a reference BLAS (about 6 GFLOP/s on two cores). Loading OpenBLAS into the
-process with global symbol visibility before `mlx.core` is imported lets the dynamic linker bind MLX's calls to
-it instead: about 60 times faster in float32. On macOS (Accelerate) and CUDA nothing of the kind is needed.
+process with global symbol visibility before `mlx.core` is imported lets the dynamic linker bind MLX's calls
+to it instead: about 60 times faster in float32. On macOS (Accelerate) and CUDA nothing of the kind is needed.
 """
 
 import ctypes
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 _LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
-HINT = "no OpenBLAS found: float32 matrix products run about 60 times slower (Debian: apt install libopenblas0-pthread)"
+HINT = (
+    "no OpenBLAS found: float32 matrix products run about 60 times slower "
+    "(Debian: apt install libopenblas0-pthread)"
+)
 
 
 def needs_preload() -> bool:

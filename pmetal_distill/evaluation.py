@@ -1,8 +1,8 @@
 """How close a student is to its teacher on given text: divergence, agreement, perplexity.
 
-Costs one forward pass of each model and, per token, one read of both rows of logits per temperature. Rows are made in
-chunks, so [tokens, vocabulary] never exists at once. On the CPU the reductions run in NumPy, whose `exp` is an order of
-magnitude faster there than MLX's.
+Costs one forward pass of each model and, per token, one read of both rows of logits per temperature. Rows are
+made in chunks, so [tokens, vocabulary] never exists at once. On the CPU the reductions run in NumPy, whose `exp`
+is an order of magnitude faster there than MLX's.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Comparison:
 
         Args:
             teacher_logits: [tokens, vocab], any float type.
-            student_logits: [tokens, vocab]; where the two vocabularies are padded to different sizes, the columns both have.
+            student_logits: [tokens, vocab]; of vocabularies padded differently the columns that both have.
             labels: [tokens], the next token or -100 where there is none.
         """
         vocab = min(teacher_logits.shape[-1], student_logits.shape[-1])
@@ -67,7 +67,7 @@ class Comparison:
         self.tokens += len(teacher)
 
     def summary(self) -> dict[str, float]:
-        """Means over tokens: `kl@T` in nats, `top1` and `top5` agreement in [0, 1], perplexities, `tokens`."""
+        """Means over tokens: `kl@T` in nats, agreement `top1` and `top5`, perplexities, `tokens`."""
         tokens, labelled = max(self.tokens, 1), max(self.labelled, 1)
         kl = (
             {f"kl@{t:g}": total / tokens for t, total in zip(self.temperatures, self.kl, strict=True)}

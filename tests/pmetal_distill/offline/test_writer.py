@@ -119,7 +119,7 @@ def test_measured_figures_are_read_after_the_sequences(tmp_path):
         ({"per_shard": 6}, "sequences_per_shard: 5 in the cache, 6 now"),
         (
             {"spec": dataclasses.replace(SPEC, logprob_step=0.5)},
-            "target.logprob_step: 0.015625 in the cache, 0.5 now",
+            "target.logprob_step: 0.0078125 in the cache, 0.5 now",
         ),
         ({"hidden": hidden_spec()}, "hidden: None in the cache"),
     ],
