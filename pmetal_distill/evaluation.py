@@ -1,8 +1,8 @@
 """How close a student is to its teacher on given text: divergence, agreement, perplexity.
 
 Costs one forward pass of each model and, per token, one read of both rows of logits per temperature. Rows are
-made in chunks, so [tokens, vocabulary] never exists at once. On the CPU the reductions run in NumPy, whose `exp`
-is an order of magnitude faster there than MLX's.
+made in chunks, so [tokens, vocabulary] never exists at once. On the CPU the reductions run in NumPy, whose
+`exp` is an order of magnitude faster there than MLX's.
 """
 
 from collections.abc import Callable, Sequence
