@@ -55,17 +55,17 @@ class Calibrator:
         from pmetal_distill.offline.capture import capture_hidden
         from schemas.codebook import Codebook
 
-        states, _ = self._rows(min(CODEBOOK_TOKENS, self.runner.dataset.num_targets))
+        rows = self._rows(min(CODEBOOK_TOKENS, self.runner.dataset.num_targets))
         return Codebook.fit(
-            capture_hidden(states, self._logits_of, self.spec, chunk=self.settings.head_chunk), self.spec
+            capture_hidden(rows.states, self._logits_of, self.spec, chunk=self.settings.head_chunk), self.spec
         )
 
     def monitor(self) -> "DriftMonitor":
         """The calibration of the whole data set, and the judge of its shards."""
         from pmetal_distill.offline.calibrate import DriftMonitor, calibrate
 
-        states, documents = self._rows(self.settings.calibration_tokens)
-        sample, held_back = self._split(states, documents, most=HELD_BACK_TOKENS)
+        rows = self._rows(self.settings.calibration_tokens)
+        sample, held_back = self._split(rows, most=HELD_BACK_TOKENS)
         calibration = calibrate(
             sample,
             held_back,
@@ -84,14 +84,14 @@ class Calibrator:
         chosen = [starts[i] for i in np.linspace(0, len(starts) - 1, min(batches, len(starts))).astype(int)]
         self.runner.keep_tokens = max(self.runner.keep_tokens, 4 * SHARD_TOKENS)
         members = [n for n in sequences if self.runner.batch_of(n).start in set(chosen)]
-        states, documents = _stacked(self.runner.run(members, keep=True))
-        sample, held_back = self._split(states, documents, most=SHARD_HELD_BACK_TOKENS)
+        rows = SampledRows.of(self.runner.run(members, keep=True))
+        sample, held_back = self._split(rows, most=SHARD_HELD_BACK_TOKENS)
         if len(held_back) < LEAST_HELD_BACK_TOKENS or len(sample) < LEAST_HELD_BACK_TOKENS:
             return monitor.calibration
         return monitor.choose(sample, held_back)
 
-    def _rows(self, num_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Final states [n, d] of a sample of the data set, and the document of each."""
+    def _rows(self, num_tokens: int) -> "SampledRows":
+        """A sample of the data set, evenly spread."""
         data = self.runner.dataset
         if KEEP_ALL_FACTOR * num_tokens >= data.num_targets:
             self.runner.keep_tokens = data.num_targets
@@ -107,32 +107,51 @@ class Calibrator:
                     progress.advance(len(states.final))
                     yield states
 
-            states, documents = _stacked(watched())
-        rows = np.linspace(0, len(states) - 1, min(num_tokens, len(states))).astype(int)
-        return states[rows], documents[rows]
+            rows = SampledRows.of(watched())
+        return rows[np.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).astype(int)]
 
-    def _split(
-        self, states: NDArray[np.float32], documents: NDArray[np.int32], *, most: int
-    ) -> tuple["Sample", "Sample"]:
+    def _split(self, rows: "SampledRows", *, most: int) -> tuple["Sample", "Sample"]:
         """Rows to fit on and, of other documents, at most `most` rows to measure on."""
+        apart = np.isin(rows.documents, np.unique(rows.documents)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
+        if not apart.any():  # too few documents to set one apart: the end of the sample is the next best
+            apart = np.arange(len(rows)) >= len(rows) - len(rows) // HELD_BACK_SHARE
+        return self._sample(rows[~apart]), self._sample(rows[apart]).thinned(most)
+
+    def _sample(self, rows: "SampledRows") -> "Sample":
         from pmetal_distill.offline.calibrate import Sample
 
-        apart = np.isin(documents, np.unique(documents)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
-        if not apart.any():  # too few documents to set one apart: the end of the sample is the next best
-            apart = np.arange(len(states)) >= len(states) - len(states) // HELD_BACK_SHARE
-        chunk = self.settings.head_chunk
-        held_back = Sample(states[apart], self._logits_of, chunk)
-        return Sample(states[~apart], self._logits_of, chunk), held_back.thinned(most)
+        return Sample(rows.states, self._logits_of, self.settings.head_chunk, token_ids=rows.token_ids)
 
     def _logits_of(self, states: Any) -> Any:
         return self.teacher.logits(states) if self.teacher.splits else states
 
 
-def _stacked(found: Iterable[TeacherStates]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    from pmetal_distill.offline.capture import as_numpy
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledRows:
+    """Trained positions of sampled sequences.
 
-    rows, documents = [], []
-    for states in found:
-        rows.append(np.array(as_numpy(states.final)))
-        documents.append(states.documents[states.loss_mask])
-    return np.concatenate(rows), np.concatenate(documents)
+    Attributes:
+        states: float32 [n, d], final hidden states.
+        token_ids: int32 [n], the input token.
+        documents: int32 [n], its document.
+    """
+
+    states: NDArray[np.float32]
+    token_ids: NDArray[np.int32]
+    documents: NDArray[np.int32]
+
+    @staticmethod
+    def of(found: Iterable[TeacherStates]) -> "SampledRows":
+        """Copies what is needed of each sequence."""
+        from pmetal_distill.offline.capture import as_numpy
+
+        parts = [
+            (np.array(as_numpy(s.final)), s.token_ids[s.loss_mask], s.documents[s.loss_mask]) for s in found
+        ]
+        return SampledRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Any) -> "SampledRows":
+        return SampledRows(self.states[rows], self.token_ids[rows], self.documents[rows])

@@ -44,9 +44,9 @@ class DemoOptions:
 
     out: Path
     num_layers: int = 10
-    train_tokens: int = 20_000
+    train_tokens: int = 16_000
     eval_tokens: int = 2_500
-    iters: int = 40
+    iters: int = 36
     seq_len: int = 128
 
 
@@ -165,7 +165,7 @@ def _cache_settings(options: DemoOptions, teacher: Path, data: Path) -> CacheSet
         out=options.out / "cache",
         max_seq_len=options.seq_len,
         sequences_per_shard=64,
-        calibration_tokens=6144,
+        calibration_tokens=8192,
     )
 
 
@@ -176,6 +176,7 @@ def _train_settings(options: DemoOptions, student: Path) -> TrainSettings:
         out=options.out / "run",
         iters=options.iters,
         learning_rate=6e-4,
+        warmup=6,
         steps_per_report=4,
         alpha=1.0,
         temperature=2.0,

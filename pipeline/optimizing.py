@@ -18,6 +18,8 @@ _CLASSES = {
     "adafactor": optim.Adafactor,
 }
 _FINAL_SHARE = 0.1
+# Without it MLX's first Adam steps are three times the learning rate, which short runs do not survive.
+_DEFAULTS: dict[str, dict[str, Any]] = {"adam": {"bias_correction": True}, "adamw": {"bias_correction": True}}
 
 
 def build_optimizer(settings: TrainSettings) -> optim.Optimizer:
@@ -26,7 +28,10 @@ def build_optimizer(settings: TrainSettings) -> optim.Optimizer:
     Raises:
         UsageError: an option in `optimizer_config` or a schedule that MLX does not know.
     """
-    options = dict(settings.optimizer_config.get(settings.optimizer, {}))
+    options = {
+        **_DEFAULTS.get(settings.optimizer, {}),
+        **settings.optimizer_config.get(settings.optimizer, {}),
+    }
     try:
         optimizer: optim.Optimizer = _CLASSES[settings.optimizer](
             learning_rate=learning_rate(settings), **options

@@ -8,12 +8,14 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.hidden import HiddenStateLoss
 from pmetal_distill.losses.taid import TaidSchedule
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
+from pmetal_distill.yaml_files import read_yaml, write_yaml
 from schemas.errors import UsageError
 
 
@@ -100,6 +102,19 @@ class DistillConfig:
                 hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
                 raise UsageError(f"DistillConfig: unknown key '{key}'; {hint}")
         return DistillConfig(**{key: _read(key, value) for key, value in values.items()})
+
+    def to_yaml(self, path: Path) -> None:
+        """Writes every setting; the file appears whole or not at all."""
+        write_yaml(self.to_dict(), path)
+
+    @staticmethod
+    def from_yaml(path: Path) -> "DistillConfig":
+        """The config in a YAML file.
+
+        Raises:
+            UsageError: as `from_dict`, and for files that are not YAML or give a key twice.
+        """
+        return DistillConfig.from_dict(read_yaml(path)[0])
 
     def _check_loss(self) -> None:
         _number("temperature", self.temperature, TemperatureSchedule, "positive", lambda v: v > 0)

@@ -12,7 +12,7 @@ from pipeline.console import Console
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left in the folder.")
 @click.option("--num-layers", default=10, show_default=True, help="Layers of the student.")
-@click.option("--iters", default=40, show_default=True, help="Training steps.")
+@click.option("--iters", default=36, show_default=True, help="Training steps.")
 @console_options
 def command(out: Path, overwrite: bool, num_layers: int, iters: int, console: Console) -> None:
     """Distil SmolLM2-135M-Instruct into a third of its layers and measure how close it got."""

@@ -69,15 +69,15 @@ def test_a_refitted_shard_is_written_with_its_basis(
 
 def test_documents_on_both_sides_are_different(tiny_teacher: Path, tmp_path: Path) -> None:
     made = calibrator(tiny_teacher, tmp_path, "c", [f"{n} " + USUAL * 3 for n in range(40)])
-    states, documents = made._rows(400)
-    fit, held_back = made._split(states, documents, most=10_000)
-    assert len(fit) + len(held_back) == len(states)
-    assert len(held_back) == pytest.approx(len(states) / 8, rel=0.5)
+    rows = made._rows(400)
+    fit, held_back = made._split(rows, most=10_000)
+    assert len(fit) + len(held_back) == len(rows) == 400
+    assert len(held_back) == pytest.approx(len(rows) / 8, rel=0.5)
 
 
 def test_one_document_is_split_by_position(tiny_teacher: Path, tmp_path: Path) -> None:
     made = calibrator(tiny_teacher, tmp_path, "c", [USUAL * 80])
-    states, documents = made._rows(400)
-    fit, held_back = made._split(states, documents, most=10_000)
-    assert len(held_back) == len(states) // 8
-    assert len(fit) == len(states) - len(held_back)
+    rows = made._rows(400)
+    fit, held_back = made._split(rows, most=10_000)
+    assert len(held_back) == len(rows) // 8
+    assert len(fit) == len(rows) - len(held_back)

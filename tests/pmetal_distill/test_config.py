@@ -1,5 +1,6 @@
 """DistillConfig: the defaults, round trips, and what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +92,13 @@ def test_lists_and_names_are_accepted() -> None:
 def test_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DistillConfig.from_dict(values)
+
+
+def test_a_file_reads_back_and_is_strict(tmp_path: Path) -> None:
+    config = DistillConfig(temperature=TemperatureSchedule.linear(start=4.0, end=1.0, steps=10), alpha=1e-5)
+    config.to_yaml(tmp_path / "c.yaml")
+    assert DistillConfig.from_yaml(tmp_path / "c.yaml") == config
+    for text, found in (("alpha: 0.1\nalpha: 0.2\n", "line 1"), ("alhpa: 0.1\n", "did you mean 'alpha'")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UsageError, match=found):
+            DistillConfig.from_yaml(tmp_path / "c.yaml")
