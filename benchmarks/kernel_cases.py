@@ -16,7 +16,6 @@ from pmetal_distill.losses.chunk import PLAIN_OPS, Chunk, RowOps
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.target import SoftTarget
 
-NODES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 ALPHA, TEMPERATURE = 0.5, 2.0
 
@@ -34,6 +33,17 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
         mx.synchronize()
         runs.append((time.perf_counter() - start) / repeats)
     return statistics.median(runs)
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most memory that one call needs beyond what exists before it, its results included."""
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(function())
+    mx.synchronize()
+    return int(mx.get_peak_memory() - before)
 
 
 def random_logits(rows: int, vocab: int, dtype: mx.Dtype, seed: int) -> mx.array:

@@ -67,7 +67,7 @@ def grid_of(nodes: Sequence[float]) -> tuple[int, tuple[int, ...]]:
 def _shape(logits: mx.array, k: int) -> tuple[tuning.Shape, int]:
     length, width = logits.shape[-1], tuning.vector_width(logits.dtype)
     shape = tuning.shape_for("capture", dispatch.platform_name(), length=length, width=width)
-    sparse = 8 if k <= 64 else 4 if k <= 128 else 2
+    sparse = 2 if k > 128 else 4 if k > 64 or logits.dtype.size == 2 else 8
     return shape, max(1, min(sparse, length // (2 * width * shape.threads)))
 
 

@@ -49,7 +49,7 @@ def _check(
 def test_equals_a_sort(vocab: int, dtype: mx.Dtype) -> None:
     z = tools.logits(tools.rows_for(vocab) + 1, vocab, dtype)
     sizes = (min(5, vocab - 1), min(16, vocab - 1), min(64, vocab - 1), min(256, vocab - 1))
-    shapes = (tuning.Shape(512, 1), tuning.Shape(96, 2), tuning.Shape(256, 1), tuning.Shape(1024, 2))
+    shapes = (tuning.Shape(512, 1), tuning.Shape(96, 2), tuning.Shape(192, 1), tuning.Shape(1024, 2))
     for schedule, shape, k in zip(tools.SCHEDULES, shapes, sizes, strict=True):
         _check(z, k, schedule=schedule, shape=shape)
 
@@ -136,7 +136,7 @@ def test_too_large_a_head_is_left_to_plain_operations() -> None:
 
 
 def test_grids() -> None:
-    assert grid_of(DEFAULT_NODES) == (16, (2, 3, 4, 6, 8, 12, 16))
+    assert grid_of(DEFAULT_NODES) == (16, (1, 3, 6, 8, 12, 14, 16))
     assert grid_of((1.0,)) == (1, (1,))
     assert grid_of(OFF_GRID) == (0, ())
     assert grid_of((0.5, 2.0)) == (0, ())

@@ -26,7 +26,10 @@
     if (lid < 2) shared_store(counts[lid], 0u);
     if (V > CAP) {
         float high0 = BOTTOM, high1 = BOTTOM;
-        for (int s = lid; (s / 32) * 32 * SAMPLE + s % 32 < vectors; s += TG) {
+        const int left = vectors % (32 * SAMPLE);
+        const int sampled = (vectors / (32 * SAMPLE)) * 32 + (left < 32 ? left : 32);
+#pragma unroll 4
+        for (int s = lid; s < sampled; s += TG) {
             float x[W];
             read_scores<W, 0>(in + lead + ((s / 32) * 32 * SAMPLE + s % 32) * W, x);
             high0 = larger(high0, largest_of<W / 2>(x));
@@ -36,10 +39,13 @@
         maxima[lid + TG] = ordered_key(high1);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (group == 0) {
-            uint found = 0u;
+            uint found = 0u, mine[TG / 16];
+#pragma unroll
+            for (int i = 0; i < TG / 16; i++) mine[i] = maxima[lane + 32 * i];
             for (int b = 31; b >= FLOOR_BIT; b--) {
                 uint attempt = found | (1u << b), n = 0u;
-                for (int i = lane; i < 2 * TG; i += 32) n += maxima[i] >= attempt ? 1u : 0u;
+#pragma unroll
+                for (int i = 0; i < TG / 16; i++) n += mine[i] >= attempt ? 1u : 0u;
                 if (simd_sum(n) >= uint(K)) found = attempt;
             }
             if (lane == 0) {
@@ -107,7 +113,13 @@
         uint found = 0u, above = 0u;
         for (int b = 31; b >= KEY_BIT; b--) {
             uint attempt = found | (1u << b), n = 0u;
-            for (uint i = uint(lane); i < listed; i += 32u) n += keys[i] >= attempt ? 1u : 0u;
+            for (uint i = uint(lane); i < listed; i += 128u) {
+#pragma unroll
+                for (uint e = i; e < i + 128u; e += 32u) {  // several loads in flight: one simdgroup waits here
+                    uint key = e < listed ? keys[e] : 0u;
+                    n += key >= attempt ? 1u : 0u;
+                }
+            }
             if (simd_sum(n) >= uint(K)) found = attempt;
         }
         if (KEY_BIT > 0 && (found & 0x80000000u) == 0u) found |= (1u << KEY_BIT) - 1u;
@@ -116,9 +128,15 @@
         if (simd_sum(above) > uint(K)) {
             last = 0u;
             for (int b = 23; b >= 0; b--) {
+                if ((1 << b) >= V) continue;
                 uint attempt = last | (1u << b), n = 0u;
-                for (uint i = uint(lane); i < listed; i += 32u)
-                    n += keys[i] > found || (keys[i] == found && columns[i] < attempt) ? 1u : 0u;
+                for (uint i = uint(lane); i < listed; i += 128u) {
+#pragma unroll
+                    for (uint e = i; e < i + 128u; e += 32u) {
+                        uint key = e < listed ? keys[e] : 0u, column = e < listed ? columns[e] : 0u;
+                        n += uint(key > found) | (uint(key == found) & uint(column < attempt));
+                    }
+                }
                 if (simd_sum(n) < uint(K)) last = attempt;
             }
         }

@@ -227,12 +227,12 @@ template <int N, int NODES, int GRID, int P0, int P1, int P2, int P3, int P4, in
 FN void add_nodes(THREAD float* sums, const THREAD float* x, float base, const DEVICE float* rates) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float d = (x[j] - base) * LOG2E;
+        float d = x[j] - base;
         if (GRID == 0) {
 #pragma unroll
-            for (int n = 0; n < NODES; n++) sums[n] += exp2_fast(d * rates[n]);
+            for (int n = 0; n < NODES; n++) sums[n] += exp2_fast(d * LOG2E * rates[n]);
         } else {
-            float u = exp2_fast(d * (1.0f / float(GRID > 0 ? GRID : 1)));
+            float u = exp2_fast(d * (LOG2E / float(GRID > 0 ? GRID : 1)));
             if (NODES > 0) sums[0] += whole_power<P0>(u);
             if (NODES > 1) sums[1] += whole_power<P1>(u);
             if (NODES > 2) sums[2] += whole_power<P2>(u);

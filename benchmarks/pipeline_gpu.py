@@ -1,0 +1,284 @@
+"""The pipeline on a GPU: a random Llama of about 1B, V = 151936, bf16; kernels against plain operations.
+
+    python benchmarks/pipeline_gpu.py [--sequences 96 --length 1024 --iters 12] [--json PATH]
+
+Prints tokens a second of the bare teacher (body and head, nothing kept), of `cache` and of `train` with the
+kernels on and with PMETAL_KERNELS=plain, and how far the results are apart. Needs about 40 GB of GPU memory.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pmetal_distill  # noqa: F401  (BLAS before MLX)
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+from mlx.utils import tree_map
+
+from pipeline.batching import token_batches
+from pipeline.cache import read_data, run_cache
+from pipeline.console import Console
+from pipeline.settings import CacheSettings, TrainSettings
+from pipeline.train import run_train
+from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
+from pmetal_distill.models import LoadedModel, load_model
+from pmetal_distill.offline.reader import LogitCache
+from tests.tiny import random_model, save_tokenizer, tiny_config
+
+QUIET = Console(quiet=True)
+
+
+@dataclass(slots=True)
+class Check:
+    """Sizes, folders and results.
+
+    Attributes:
+        folder: for the models, the text, the caches and the runs.
+        vocab: tokens of the models; the tokenizer has fewer.
+        layers: of the teacher and of the student.
+        width: hidden size.
+        sequences, length: of the text.
+        iters: training steps.
+        chunk: rows of logits that exist at once.
+    """
+
+    folder: Path
+    vocab: int
+    layers: tuple[int, int]
+    width: int
+    sequences: int
+    length: int
+    iters: int
+    chunk: int
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, **values: Any) -> None:
+        """Keeps a result and prints it at once."""
+        self.results.append({"name": name, **values})
+        shown = "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"{name:34s} {shown}", flush=True)
+
+    def cache_settings(self, name: str, tail: Any) -> CacheSettings:
+        """Stage one into a folder of this name."""
+        return CacheSettings(
+            teacher=str(self.folder / "teacher"),
+            data=str(self.folder / "text.jsonl"),
+            out=self.folder / name,
+            max_seq_len=self.length,
+            batch_size=8,
+            top_k=64,
+            tail=tail,
+            head_chunk=self.chunk,
+            sequences_per_shard=32,
+        )
+
+    def train_settings(self, cache: str, name: str) -> TrainSettings:
+        """Stage two from one cache into a folder of this name."""
+        return TrainSettings(
+            student=str(self.folder / "student"),
+            cache=self.folder / cache,
+            out=self.folder / name,
+            iters=self.iters,
+            batch_size=8,
+            learning_rate=1e-4,
+            head_chunk=self.chunk,
+            steps_per_report=1,
+        )
+
+
+def write_model(folder: Path, *, vocab: int, layers: int, width: int, seed: int) -> None:
+    """A Llama with random bf16 weights as a folder that mlx_lm loads."""
+    folder.mkdir()
+    heads = max(4, width // 64)
+    config = tiny_config(vocab_size=vocab, hidden_size=width, num_layers=layers) | {
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(2, heads // 4),
+        "head_dim": width // heads,
+        "max_position_embeddings": 4096,
+    }
+    model = random_model(config, seed=seed, scale=1.0)
+    weights = tree_map(lambda w: w.astype(mx.bfloat16), model.parameters())
+    model.update(weights)
+    model.save_weights(str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_tokenizer(folder)
+
+
+def write_text(path: Path, *, documents: int, characters: int) -> None:
+    """Random letters: a sequence each, about two tokens in three characters."""
+    rng = np.random.default_rng(0)
+    alphabet = np.array(list("abcdefghijklmnopqrstuvwxyz     .,"))
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(documents):
+            file.write(json.dumps({"text": "".join(rng.choice(alphabet, characters))}) + "\n")
+
+
+def prepare(check: Check) -> LoadedModel:
+    """Writes models and text; the loaded teacher."""
+    for index, name in enumerate(("teacher", "student")):
+        layers = check.layers[index]
+        write_model(check.folder / name, vocab=check.vocab, layers=layers, width=check.width, seed=index)
+    write_text(check.folder / "text.jsonl", documents=check.sequences, characters=check.length)
+    mx.clear_cache()
+    teacher = load_model(str(check.folder / "teacher"))
+    count = sum(w.size for w in _leaves(teacher.model.parameters()))
+    check.add("teacher", parameters=count, vocab=check.vocab)
+    return teacher
+
+
+def bare_teacher(check: Check, teacher: LoadedModel) -> float:
+    """Tokens a second of body and head alone, in the batches and chunks of stage one; logits are dropped."""
+    data = read_data(check.cache_settings("unused", "bucket"), teacher)
+    speeds = []
+    for _ in range(3):
+        tokens, start = 0, time.perf_counter()
+        for batch in token_batches(data, range(data.num_sequences), batch_size=8):
+            hidden = teacher.hidden(mx.array(batch.token_ids), documents=batch.documents).final
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            for first in range(0, len(rows), check.chunk):
+                mx.async_eval(teacher.logits(rows[first : first + check.chunk]))
+            tokens += sum(batch.lengths)
+        mx.synchronize()
+        speeds.append(tokens / (time.perf_counter() - start))
+    best = statistics.median(speeds)
+    check.add("bare teacher", tokens=tokens, tokens_per_second=best)
+    return best
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Sets the environment variable of the kernels."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float) -> None:
+    """`cache` twice a choice: the first run compiles."""
+    for choice in ("auto", "plain"):
+        with kernels(choice):
+            for turn in ("first", "again")[: 2 if choice == "auto" else 1]:
+                name = f"cache-{tail}-{choice}"
+                shutil.rmtree(check.folder / name, ignore_errors=True)
+                reset_engaged()
+                start = time.perf_counter()
+                found = run_cache(check.cache_settings(name, tail), QUIET, teacher=teacher)
+                check.add(
+                    f"{name} ({backend()}, {turn})",
+                    tokens_per_second=found["tokens_per_second"],
+                    of_bare=found["tokens_per_second"] / bare,
+                    seconds=time.perf_counter() - start,
+                    bytes_per_token=float(found["bytes_per_token"]),
+                    engaged=engaged(),
+                )
+
+
+def compare_caches(check: Check, tail: str) -> None:
+    """How far the targets of the two caches are apart."""
+    one, two = (LogitCache(check.folder / f"cache-{tail}-{c}") for c in ("auto", "plain"))
+    worst: dict[str, float] = {"ids_differ": 0.0, "logprobs": 0.0, "curve": 0.0}
+    for number in range(0, one.num_sequences, max(1, one.num_sequences // 8)):
+        a, b = one.sequence(number).targets, two.sequence(number).targets
+        worst["ids_differ"] = max(worst["ids_differ"], float((a.head_ids != b.head_ids).mean()))
+        worst["logprobs"] = max(worst["logprobs"], float(np.abs(a.head_logprobs - b.head_logprobs).max()))
+        if a.tail_curve.size:
+            worst["curve"] = max(worst["curve"], float(np.abs(a.tail_curve - b.tail_curve).max()))
+    check.add(f"caches, tail {tail}, kernels against plain", **worst)
+
+
+def stage_two(check: Check, tail: str) -> None:
+    """`train` from the cache that the kernels made, and the loss step by step of both choices."""
+    losses = {}
+    for choice in ("auto", "plain"):
+        with kernels(choice):
+            reset_engaged()
+            settings = check.train_settings(f"cache-{tail}-auto", f"run-{tail}-{choice}")
+            if choice == "auto":
+                warm = replace(settings, iters=2, out=check.folder / f"run-{tail}-warm")
+                run_train(warm, QUIET)
+            start = time.perf_counter()
+            run_train(settings, QUIET)
+            took = time.perf_counter() - start
+            lines = [json.loads(line) for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
+            losses[choice] = np.array([line["loss"] for line in lines])
+            third = len(lines) // 3
+            tokens = lines[-1]["tokens"] - lines[third]["tokens"]
+            speed = tokens / (lines[-1]["seconds"] - lines[third]["seconds"])
+            check.add(
+                f"train-{tail}-{choice} ({backend()})",
+                tokens_per_second=speed,
+                seconds=took,
+                first_loss=float(losses[choice][0]),
+                last_loss=float(losses[choice][-1]),
+                data_wait=float(lines[-1]["data_wait_share"]),
+                engaged=engaged(),
+            )
+            shutil.rmtree(settings.out)
+    apart = np.abs(losses["auto"] / losses["plain"] - 1)
+    check.add(f"losses, tail {tail}, kernels against plain", first=float(apart[0]), worst=float(apart.max()))
+
+
+def _leaves(tree: Any) -> list[mx.array]:
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(tree)]
+
+
+def main() -> int:
+    """Runs all parts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, nargs=2, default=(16, 4), metavar=("TEACHER", "STUDENT"))
+    parser.add_argument("--sequences", type=int, default=96)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--iters", type=int, default=12)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--tails", nargs="+", default=["bucket"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        check = Check(
+            Path(folder),
+            options.vocab,
+            tuple(options.layers),
+            options.width,
+            options.sequences,
+            options.length,
+            options.iters,
+            options.chunk,
+        )
+        teacher = prepare(check)
+        bare = bare_teacher(check, teacher)
+        for tail in options.tails:
+            stage_one(check, teacher, tail, bare)
+            compare_caches(check, tail)
+            stage_two(check, tail)
+    if options.json:
+        options.json.write_text(json.dumps(check.results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
