@@ -240,7 +240,8 @@ def stage_two(check: Check, tail: str) -> None:
 def _leaves(tree: Any) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
-    return [array for _, array in tree_flatten(tree)]
+    flat: Any = tree_flatten(tree)
+    return [array for _, array in flat]
 
 
 def main() -> int:
