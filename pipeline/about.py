@@ -16,12 +16,14 @@ def report() -> str:
     """The version with back end, BLAS, kernels and library versions, one a line. Imports MLX."""
     import pmetal_distill
     from pmetal_distill import _blas
+    from pmetal_distill.kernels import backend
 
     blas = "not needed" if not _blas.needs_preload() else pmetal_distill.BLAS or "none: " + _blas.HINT
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(),
+        "kernels": backend(),
         "BLAS": blas,
     }
     return "\n".join(
@@ -40,3 +42,11 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
+
+
+def missing_blas() -> str | None:
+    """What to tell a user whose matrix products are slow for want of OpenBLAS; None if they are not."""
+    import pmetal_distill
+    from pmetal_distill import _blas
+
+    return _blas.HINT if _blas.needs_preload() and pmetal_distill.BLAS is None else None

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.about import missing_blas
 from pipeline.console import Console
 from pipeline.data import FieldNames, PackedDataset
 from pipeline.settings import CacheSettings
@@ -47,6 +48,8 @@ def run_cache(
     from pmetal_distill.offline.writer import CacheWriter
 
     _refuse_used_folder(settings)
+    if hint := missing_blas():
+        console.note(hint)
     teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
     for note in teacher.notes:
         console.note(f"teacher: {note}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from pipeline.about import missing_blas
 from pipeline.config import save_config
 from pipeline.console import Console
 from pipeline.settings import Ramp, TrainSettings
@@ -46,6 +47,8 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     from pmetal_distill.models import load_model, save_model
 
     _refuse_used_folder(settings.out)
+    if hint := missing_blas():
+        console.note(hint)
     cache = open_cache(settings)
     student = load_model(settings.student, trust_remote_code=settings.trust_remote_code)
     for note in student.notes:
