@@ -23,7 +23,7 @@ Part = Literal["head_ids", "head_logprobs", "tail_curve", "coordinates"]
 
 NOISE = 2e-3
 NOISE_ROUNDINGS = 4
-SKETCH_SHARE = 0.5
+SKETCH_SHARE = 0.25
 _ROUNDED = 1e-5
 
 
@@ -150,6 +150,8 @@ class SketchJudge:
     what the wrong metric sees of that part of the row that the basis cannot express. A row passes if its
     coordinates are, beyond half a step each, at most `SKETCH_SHARE` of the size of that part away. A
     saturated coordinate may lie further out. Coordinates of a token with nearly the same logits pass too.
+    Measured on SmolLM2-135M at r=64: honest rows at most 0.1 with the metric of one document, 0.03 with that
+    of 256 rows of many; with the coordinates of the token behind it 0.28 at least, 1.8 in the median.
 
     Args:
         basis: as stored.
