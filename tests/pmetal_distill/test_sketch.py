@@ -303,5 +303,5 @@ def test_strange_text_is_noticed_and_refitted():
     assert monitor.drifted(before)
     chosen = monitor.choose(fit, held)
     assert chosen.basis.to_bytes() != calibration.basis.to_bytes()
-    assert chosen.error[2.0].gradient < 0.7 * before[2.0].gradient
+    assert chosen.error[2.0].kl < 0.7 * before[2.0].kl
     assert monitor.choose(fit, held).basis.to_bytes() == chosen.basis.to_bytes()
