@@ -25,8 +25,8 @@ class TargetError:
         total_variation: half the sum of |p - p^|.
         gradient: || sum_n f_n (p^_n - p_n)' || / || sum_n f_n (p_n - p~)' ||, Frobenius, f the teacher's
             final hidden states and p~ the mean of p: the relative error of the LM-head gradient of forward
-            KL for a student that knows no more than the mean. Students differ by a factor; see
-            `docs/target.md`.
+            KL for a student that knows no more than the mean. Another student has a constant times that
+            (`docs/target.md`). Falls with the number of tokens: compare equal numbers only.
     """
 
     kl: float
