@@ -77,7 +77,7 @@ def test_a_sound_cache_has_no_findings(folder):
     assert seen == [(i, 5) for i in range(1, 6)]
 
 
-@pytest.mark.parametrize("flips", [1, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [1, pytest.param(40, marks=pytest.mark.faults)])
 def test_single_bit_flips_are_caught_by_reader_and_verify_and_repaired(folder, pristine, flips):
     """In every file: the reader raises or returns the same, verify names the file, repair heals it."""
     rng = np.random.default_rng(0)

@@ -350,7 +350,7 @@ def kill_two_writers(cache, rounds, rng, *, seeds):
     assert [worker.communicate() and worker.returncode for worker in workers] == [0, 0]
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(60, marks=pytest.mark.faults)])
 def test_two_writers_of_the_same_content_under_sigkill(tmp_path, rounds):
     cache, reference = (
         tmp_path / "c",
@@ -361,7 +361,7 @@ def test_two_writers_of_the_same_content_under_sigkill(tmp_path, rounds):
     assert all((cache / name).read_bytes() == (reference / name).read_bytes() for name in files_in(cache))
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.faults)])
 def test_two_writers_of_different_content_under_sigkill(tmp_path, rounds):
     """Different bases: every shard is wholly of one writer, every sequence is there once."""
     kill_two_writers(tmp_path / "c", rounds, np.random.default_rng(1), seeds=("0", "7"))
