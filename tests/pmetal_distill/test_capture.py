@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmetal_distill.offline.capture import CoordinateMap, capture, capture_hidden
+from pmetal_distill.offline.capture import CoordinateMap, _on_device, capture, capture_hidden
 from pmetal_distill.offline.row_capture import top_ids
 from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
@@ -147,3 +147,21 @@ def test_top_ids_with_ties(length, count, seed, distinct):
     row = np.random.default_rng(seed).integers(0, distinct, length).astype(np.float32)
     count = min(count, length)
     np.testing.assert_array_equal(top_ids(row, count), np.lexsort((np.arange(length), -row))[:count])
+
+
+def test_the_device_path_gives_the_same():
+    logits = mx.random.normal((6, 3000), key=mx.random.key(1)) * 4
+    spec = TargetSpec(3000, 16, "bucket", NODES)
+    ids, logprobs, curve = _on_device(logits, spec, 0)
+    wanted = reference(np.array(logits), spec)
+    np.testing.assert_array_equal(ids, wanted[0])
+    np.testing.assert_allclose(logprobs, wanted[1], rtol=1e-6, atol=2e-5)
+    np.testing.assert_allclose(curve, wanted[2], rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_device_path_names_bad_rows(bad):
+    logits = np.zeros((4, 1000), np.float32)
+    logits[3, 17] = bad
+    with pytest.raises(NonFiniteError, match="row 8: logits must be finite"):
+        _on_device(mx.array(logits), TargetSpec(1000, 8, "bucket", NODES), 5)
