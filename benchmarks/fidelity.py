@@ -1,14 +1,13 @@
 """Fidelity of every kind of target against the bytes it takes, on real text and with an honest split.
 
 The figure is the relative error (Frobenius, over all evaluation tokens) of the LM-head gradient of forward
-KL,
-|| sum_n s_n (p^_n - p_n)' || / || sum_n s_n (q_n - p_n)' ||, s and q the hidden states and distribution of
-a student (the teacher without a fifth of its layers), p the teacher, p^ the target as read back from a shard.
-It is taken along 128 random directions of s: the same ones above and below. Bytes are those of the files that
-the cache writer makes, input ids included, sidecars apart. Calibration, refit and evaluation use different
-documents. About 10 minutes on two cores.
+KL, || sum_n s_n (p^_n - p_n)' || / || sum_n s_n (q_n - p_n)' ||, s and q the hidden states and distribution
+of a student (the teacher without a fifth of its layers), p the teacher, p^ the target as read from a shard.
+It is taken along 128 random directions of s: the same ones above and below. Bytes are those of the files
+that the cache writer makes, input ids included, sidecars apart. Calibration, refit and evaluation use
+different documents. About 10 minutes on two cores.
 
-    python benchmarks/fidelity.py [--teacher M] [--tokens 6144] [--json FILE]
+    python benchmarks/fidelity.py [--teacher M] [--tokens 6144] [--json FILE] [--quick]
 """
 
 import argparse
@@ -270,9 +269,10 @@ def main() -> None:
         cut = round(teacher.num_layers * 2 / 3)
         keep = [i for i in range(teacher.num_layers) if not cut <= i < cut + teacher.num_layers // 5]
         student = load_model(init_student(teacher, keep_layers=keep, out=Path(scratch) / "student"))
-        tables = measure(teacher, student, args)
-    for title, rows in tables.items():
-        show(rows, title)
+        tables = {}
+        for title, rows in measure(teacher, student, args):
+            tables[title] = rows
+            show(rows, title)
     seconds = time.perf_counter() - started
     sidecars = max(row.result["sidecar_mb"] for rows in tables.values() for row in rows)
     print(f"\n{seconds:.0f} s; sidecars {sidecars:.0f} MB at most")
@@ -281,8 +281,10 @@ def main() -> None:
         Path(args.json).write_text(json.dumps({"seconds": seconds, "tables": found}, indent=2))
 
 
-def measure(teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """All tables."""
+def measure(
+    teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace
+) -> Iterator[tuple[str, list[Row]]]:
+    """All tables, one after another."""
     n, vocab_size = args.tokens, teacher.vocab_size
     documents = read("python-docs", teacher, seed=1)
     docs_eval, docs_held, docs_fit = (
@@ -306,9 +308,9 @@ def measure(teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace
     ]
     middle = sketches[len(sketches) // 2]
     parts = [without(middle, "ceiling"), without(middle, "predictor")]
-    tables = {"Python documentation": evaluate([*plain, *sketches, *parts], docs_eval, teacher, student)}
+    yield "Python documentation", evaluate([*plain, *sketches, *parts], docs_eval, teacher, student)
     if args.quick:
-        return tables
+        return
     documents = read("licences", teacher, seed=1)
     other_eval, other_held, other_fit = (
         run(take(documents, size), teacher, student if i == 0 else None)
@@ -327,10 +329,9 @@ def measure(teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace
     rows = [plain_row(r.name, r.codec.spec, docs_fit, teacher) for r in plain]
     rows += [sketch_row(name, c) for name, c in zip(named, mixed, strict=True)]
     rows += [sketch_row("unseen: no refit", unseen), sketch_row(f"unseen: {noticed}", refit)]
-    tables["Licences"] = evaluate(rows, other_eval, teacher, student)
+    yield "Licences", evaluate(rows, other_eval, teacher, student)
     rows = [sketch_row(name, c) for name, c in zip(named, mixed, strict=True)]
-    tables["Python documentation, mixed data"] = evaluate(rows, docs_eval, teacher, student)
-    return tables
+    yield "Python documentation, mixed data", evaluate(rows, docs_eval, teacher, student)
 
 
 if __name__ == "__main__":
