@@ -1,8 +1,10 @@
 import dataclasses
 import gc
+import shutil
 import threading
 import time
 from itertools import chain, islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,3 +368,13 @@ def test_decoded_row_groups_are_bounded_by_the_window(cache, monkeypatch):
 
 def test_splitmix_matches_its_published_outputs():
     assert splitmix64(1234567, 3).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_a_copy_that_lost_an_empty_folder_still_reads(tmp_path):
+    golden = Path(__file__).parents[2] / "golden" / "v1-bucket"
+    copy = Path(shutil.copytree(golden, tmp_path / "c"))
+    shutil.rmtree(copy / "bases", ignore_errors=True)
+    assert LogitCache(copy).num_sequences > 0
+    (copy / "bases").symlink_to(tmp_path)
+    with pytest.raises(CorruptionError, match="bases"):
+        LogitCache(copy)
