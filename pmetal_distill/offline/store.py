@@ -54,7 +54,7 @@ class Store:
         data = read_plain(path, max_bytes=MAX_DATASET_BYTES)
         dataset = Dataset.from_bytes(data, where=DATASET)
         for name in FOLDERS[:3]:
-            # Tools that copy a cache may drop a folder that is empty; only what is there must be a real folder.
+            # Tools that copy a cache may drop empty folders; what is there must be a real folder.
             if name == "commits" or (root / name).is_symlink() or (root / name).exists():
                 check_folder(root / name)
         return Store(root, dataset, checksum_of(data))

@@ -190,7 +190,7 @@ def _open_shard(store: Store, record: CommitRecord) -> Shard:
 
 def _check_orphans(store: Store, named: set[str]) -> Iterator[Finding]:
     for folder in ("shards", "bases"):
-        for path in sorted((store.root / folder).iterdir()):
+        for path in sorted((store.root / folder).glob("*")):
             relative = f"{folder}/{path.name}"
             if relative not in named and not path.name.startswith("."):
                 yield Finding(
