@@ -32,7 +32,7 @@ from pipeline.batching import token_batches
 from pipeline.cache import read_data, run_cache
 from pipeline.console import Console
 from pipeline.settings import CacheSettings, TrainSettings
-from pipeline.train import run_train
+from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
 from pmetal_distill.models import LoadedModel, load_model
 from pmetal_distill.offline.reader import LogitCache

@@ -20,7 +20,7 @@ from pipeline.demo_text import pydoc_topics
 from pipeline.evaluate import EvalOptions, evaluate
 from pipeline.settings import CacheSettings, TrainSettings
 from pipeline.text import packed_text
-from pipeline.train import run_train
+from pipeline.training.run import run_train
 from schemas.errors import ModelError, UsageError
 
 MARKER = "demo.json"

@@ -19,6 +19,6 @@ from pipeline.settings import TrainSettings
 def command(config: Path | None, console: Console, **options: Any) -> None:
     """Train a student from a cache. Option beats configuration file beats default."""
     settings = resolve(TrainSettings, load_config(config, TrainSettings) if config else {}, given(options))
-    from pipeline.train import run_train
+    from pipeline.training.run import run_train
 
     console.result(run_train(settings, console))

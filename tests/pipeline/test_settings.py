@@ -60,12 +60,26 @@ lr_schedule:
     assert made.optimizer_config == {"adamw": {"betas": [0.9, 0.98], "eps": 1e-6}}
 
 
-@pytest.mark.parametrize("line", ["fine_tune_type: lora", "num_layers: 16", "save_every: 100"])
+@pytest.mark.parametrize("line", ["clear_cache_threshold: 4", "train: true"])
 def test_what_is_not_done_is_refused_and_explained(tmp_path: Path, line: str) -> None:
     file = tmp_path / "lora.yaml"
     file.write_text(f"model: m\n{line}\n")
     with pytest.raises(UsageError, match="leave it out"):
         load_config(file, TrainSettings)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cache": None}, "found neither"),
+        ({"teacher": "t"}, "found both"),
+        ({"cache": None, "teacher": "t"}, "given together"),
+        ({"data": "d"}, "given together"),
+    ],
+)
+def test_targets_come_from_one_place(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(**values)
 
 
 def test_a_temperature_schedule_is_read(tmp_path: Path) -> None:
@@ -166,7 +180,7 @@ def test_nested_settings_out_of_range(make: Any) -> None:
 @pytest.mark.parametrize("cls", [CacheSettings, TrainSettings])
 def test_every_setting_but_nested_ones_has_a_help_text(cls: Any) -> None:
     without = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("help", "").endswith(".")}
-    assert without <= {"optimizer_config"}
+    assert without <= {"optimizer_config", "lora_parameters"}
 
 
 def test_losses_are_those_of_the_library() -> None:

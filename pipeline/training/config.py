@@ -1,0 +1,34 @@
+"""The settings of the command as those of the library."""
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.settings import Ramp, TrainSettings
+
+if TYPE_CHECKING:
+    from pmetal_distill.config import DistillConfig
+
+
+def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "DistillConfig":
+    """The library's settings out of the command's."""
+    from pmetal_distill.config import DistillConfig
+    from pmetal_distill.losses.hidden import HiddenStateLoss
+    from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
+
+    return DistillConfig(
+        temperature=_scheduled(settings.temperature, TemperatureSchedule),
+        alpha=_scheduled(settings.alpha, AlphaSchedule),
+        loss=settings.loss,
+        loss_parameter=settings.loss_parameter,
+        hidden_loss=HiddenStateLoss(settings.hidden_loss) if settings.hidden_loss else None,
+        hidden_layers=layers,
+        hidden_weight=settings.hidden_weight,
+        accumulation_steps=settings.grad_accumulation_steps,
+        max_grad_norm=settings.grad_clip,
+        chunk_tokens=settings.head_chunk,
+    )
+
+
+def _scheduled(value: float | Ramp, kind: Any) -> Any:
+    if not isinstance(value, Ramp):
+        return value
+    return getattr(kind, value.schedule)(start=value.start, end=value.end, steps=value.steps)
