@@ -1,7 +1,8 @@
-"""The order in which sequences are read: a pure function of (seed, epoch, content). State: a position.
+"""The order in which sequences are read: a pure function of (seed, epoch, text). State: a position.
 
 Row groups are permuted, then the sequences inside each window of row groups. Keys come from splitmix64, so
-that the order never depends on the version of a random generator. Cost: one sort of the row groups an epoch,
+that the order never depends on the version of a random generator. Caches of one text are read in one order,
+whatever they keep of the teacher, and so is the text itself beside a live teacher. Cost: one sort of the row groups an epoch,
 one of a window's sequences a window; 8 bytes a sequence.
 """
 
@@ -81,6 +82,7 @@ class Order:
     Attributes:
         groups: sequence numbers of each row group that has any to read.
         root: names the content.
+        text: names the text, which decides the shuffling together with the seed.
         seed: of the shuffling.
         window: row groups that are shuffled together.
         shuffle: false reads in the order of the data.
@@ -88,6 +90,7 @@ class Order:
 
     groups: tuple[Int64, ...]
     root: str
+    text: str
     seed: int
     window: int
     shuffle: bool = True
@@ -112,7 +115,7 @@ class Order:
     def _permute(self, items: Int64, stream: str) -> Int64:
         if not self.shuffle:
             return items
-        key = hashlib.sha256(f"{self.root}:{self.seed}:{stream}".encode()).digest()[:8]
+        key = hashlib.sha256(f"{self.text}:{self.seed}:{stream}".encode()).digest()[:8]
         keys = splitmix64(int.from_bytes(key, "little"), len(items))
         return items[np.argsort(keys, kind="stable")]
 
@@ -131,7 +134,14 @@ def splitmix64(seed: int, count: int) -> npt.NDArray[np.uint64]:
 
 
 def make_order(
-    groups: list[Int64], *, root: str, seed: int, window: int, shuffle: bool, subset: npt.ArrayLike | None
+    groups: list[Int64],
+    *,
+    root: str,
+    text: str,
+    seed: int,
+    window: int,
+    shuffle: bool,
+    subset: npt.ArrayLike | None,
 ) -> Order:
     """The order over the sequences in `groups`, or those of them in `subset`.
 
@@ -154,4 +164,4 @@ def make_order(
     kept = tuple(g for g in groups if len(g))
     if not kept:
         raise IncompatibleError("batches: there must be sequences to read, found none")
-    return Order(kept, digest.hexdigest(), seed, window, shuffle)
+    return Order(kept, digest.hexdigest(), text, seed, window, shuffle)

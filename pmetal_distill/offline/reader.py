@@ -143,6 +143,11 @@ class LogitCache:
         return self.store.manifest_root(self.records)
 
     @property
+    def text(self) -> str:
+        """A hash that names the text: tokens, packing and loss masks."""
+        return self.dataset.fingerprint["data"]
+
+    @property
     def tokenizer_path(self) -> Path:
         """The teacher's tokenizer files, after checking their hashes.
 
@@ -202,7 +207,7 @@ class LogitCache:
         pad_multiple: int = 32,
         length: int | None = None,
     ) -> BatchIterator:
-        """Batches in an order that depends on (seed, epoch, content) only.
+        """Batches in an order that depends on (seed, epoch, text) only.
 
         Args:
             batch_size: sequences in a global batch, over all ranks.
@@ -226,7 +231,13 @@ class LogitCache:
                 f"batches: sizes must be positive and rank below world_size, found {found}"
             )
         order = make_order(
-            self._index.members(), root=self.root, seed=seed, window=window, shuffle=shuffle, subset=subset
+            self._index.members(),
+            root=self.root,
+            text=self.text,
+            seed=seed,
+            window=window,
+            shuffle=shuffle,
+            subset=subset,
         )
         padded_length(int(self.lengths.max()), pad_multiple=pad_multiple, length=length)
 
