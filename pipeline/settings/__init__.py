@@ -4,6 +4,6 @@ Keys are those of `mlx_lm.lora` where it has them; `metadata["help"]` is the tex
 """
 
 from pipeline.settings.cache import CacheSettings
-from pipeline.settings.train import LoraParameters, Loss, LrSchedule, Ramp, TrainSettings
+from pipeline.settings.train import LoraParameters, Loss, LrSchedule, TrainSettings
 
-__all__ = ["CacheSettings", "LoraParameters", "Loss", "LrSchedule", "Ramp", "TrainSettings"]
+__all__ = ["CacheSettings", "LoraParameters", "Loss", "LrSchedule", "TrainSettings"]

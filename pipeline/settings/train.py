@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pipeline.settings.checks import check, check_layers, check_whole, described
+from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from schemas.errors import UsageError
 from schemas.spec import Tail
 
@@ -41,28 +42,6 @@ class LrSchedule:
         check(len(self.arguments) > 0, "arguments", "at least the learning rate", list(self.arguments))
         check_whole(self, "warmup", least=0)
         check(0 <= self.warmup_init < math.inf, "warmup_init", "zero or a positive number", self.warmup_init)
-
-
-@dataclass(frozen=True, slots=True)
-class Ramp:
-    """A value that changes over the optimizer steps and stays at its end.
-
-    Attributes:
-        schedule: how it goes from start to end.
-        start: value at step 0.
-        end: value at step `steps` and after.
-        steps: length of the change.
-    """
-
-    schedule: Literal["linear", "cosine", "exponential"]
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_whole(self, "steps")
-        if self.schedule == "exponential":
-            check(min(self.start, self.end) > 0, "start and end", "positive", (self.start, self.end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +111,10 @@ class TrainSettings:
     loss_parameter: float | None = field(
         default=None, metadata=described("beta of jensen_shannon, skew of the skewed losses, in (0, 1).")
     )
-    temperature: float | Ramp = field(default=2.0, metadata=described("Softmax temperature of both, > 0."))
-    alpha: float | Ramp = field(
+    temperature: float | TemperatureSchedule = field(
+        default=2.0, metadata=described("Softmax temperature of both, > 0; in a file also a schedule.")
+    )
+    alpha: float | AlphaSchedule = field(
         default=0.5, metadata=described("Share of the divergence; the rest is cross-entropy with the text.")
     )
     tail: Tail | None = field(
@@ -214,10 +195,10 @@ class TrainSettings:
             )
 
     def _check_loss(self) -> None:
-        for value in _values(self.temperature):
-            check(0 < value < math.inf, "temperature", "greater than 0", value)
-        for value in _values(self.alpha):
-            check(0 <= value <= 1, "alpha", "in [0, 1]", value)
+        if not isinstance(self.temperature, TemperatureSchedule):
+            check(0 < self.temperature < math.inf, "temperature", "greater than 0", self.temperature)
+        if not isinstance(self.alpha, AlphaSchedule):
+            check(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
         if self.loss_parameter is not None:
             check(0 < self.loss_parameter < 1, "loss_parameter", "in (0, 1)", self.loss_parameter)
         check(0 <= self.hidden_weight < math.inf, "hidden_weight", "zero or positive", self.hidden_weight)
@@ -229,7 +210,3 @@ class TrainSettings:
             check(0 < self.grad_clip < math.inf, "grad_clip", "a positive number", self.grad_clip)
         if self.warmup is not None:
             check_whole(self, "warmup", least=0)
-
-
-def _values(setting: float | Ramp) -> tuple[float, ...]:
-    return (setting.start, setting.end) if isinstance(setting, Ramp) else (setting,)

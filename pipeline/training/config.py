@@ -1,8 +1,8 @@
 """The settings of the command as those of the library."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.settings import Ramp, TrainSettings
+from pipeline.settings import TrainSettings
 
 if TYPE_CHECKING:
     from pmetal_distill.config import DistillConfig
@@ -12,11 +12,10 @@ def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "Distill
     """The library's settings out of the command's."""
     from pmetal_distill.config import DistillConfig
     from pmetal_distill.losses.hidden import HiddenStateLoss
-    from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 
     return DistillConfig(
-        temperature=_scheduled(settings.temperature, TemperatureSchedule),
-        alpha=_scheduled(settings.alpha, AlphaSchedule),
+        temperature=settings.temperature,
+        alpha=settings.alpha,
         loss=settings.loss,
         loss_parameter=settings.loss_parameter,
         hidden_loss=HiddenStateLoss(settings.hidden_loss) if settings.hidden_loss else None,
@@ -26,9 +25,3 @@ def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "Distill
         max_grad_norm=settings.grad_clip,
         chunk_tokens=settings.head_chunk,
     )
-
-
-def _scheduled(value: float | Ramp, kind: Any) -> Any:
-    if not isinstance(value, Ramp):
-        return value
-    return getattr(kind, value.schedule)(start=value.start, end=value.end, steps=value.steps)

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.config import load_config, resolve, save_config
 from pipeline.config_schema import key_names
-from pipeline.settings import CacheSettings, LrSchedule, Ramp, TrainSettings
+from pipeline.settings import CacheSettings, LrSchedule, TrainSettings
+from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from schemas.errors import UsageError
 
 CACHE = {"teacher": "t", "data": "d", "out": "o"}
@@ -84,9 +85,33 @@ def test_targets_come_from_one_place(values: dict[str, Any], message: str) -> No
 
 def test_a_temperature_schedule_is_read(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("temperature: {schedule: linear, start: 4, end: 1.0, steps: 1000}\nalpha: 1\n")
+    file.write_text(
+        "temperature: {kind: linear, start: 4, end: 1.0, steps: 1000, warmup: 5}\n"
+        "alpha: {kind: step, start: 0.2, end: 1, steps: 10, stages: 2}\n"
+    )
     made = resolve(TrainSettings, load_config(file, TrainSettings), TRAIN)
-    assert (made.temperature, made.alpha) == (Ramp("linear", 4.0, 1.0, 1000), 1.0)
+    assert made.temperature == TemperatureSchedule.linear(start=4.0, end=1.0, steps=1000, warmup=5)
+    assert made.alpha == AlphaSchedule.step(start=0.2, end=1.0, steps=10, stages=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("temperature: {kind: linear, start: 4, end: 0, steps: 10}", "end must be positive, found 0"),
+        ("alpha: {kind: linear, start: 0, end: 2, steps: 10}", "end must be from 0 to 1, found 2"),
+        ("temperature: {kind: linear, start: 4, end: 1}", "steps must be at least 1, found 0"),
+        ("temperature: {kind: square, start: 4, end: 1, steps: 3}", "must be one of 'constant', 'linear'"),
+        ("alpha: {kind: linear, start: 0, steps: 3}", "must have the key 'end', found none"),
+        ("alpha: {kind: linear, start: 0, end: 1, steps: 3, hodl: 1}", "did you mean 'hold'?"),
+    ],
+)
+def test_an_impossible_schedule_is_refused_by_its_key(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"iters: 3\n{line}\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(file, TrainSettings)
+    assert str(caught.value).startswith(f"{file}:2: '{line.split(':')[0]}")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +119,9 @@ def test_a_temperature_schedule_is_read(tmp_path: Path) -> None:
     [
         (cache(hidden_layers=(6, -1), tail="bucket"), CacheSettings),
         (
-            train(temperature=Ramp("linear", 4.0, 1.0, 10), hidden_layers=(1,), hidden_loss="mse"),
+            train(
+                temperature=TemperatureSchedule("linear", 4.0, 1.0, 10), hidden_layers=(1,), hidden_loss="mse"
+            ),
             TrainSettings,
         ),
     ],
@@ -140,9 +167,7 @@ def test_calibration_matters_only_for_the_sketch() -> None:
         ({"temperature": 0.0}, "temperature: must be greater than 0, found 0.0"),
         ({"temperature": -1}, "temperature: must be greater than 0, found -1.0"),
         ({"temperature": math.nan}, "temperature: must be greater than 0"),
-        ({"temperature": Ramp("linear", 4.0, 0.0, 10)}, "temperature: must be greater than 0, found 0.0"),
         ({"alpha": 1.01}, "alpha: must be in [0, 1], found 1.01"),
-        ({"alpha": Ramp("linear", 0.0, 2.0, 10)}, "alpha: must be in [0, 1], found 2.0"),
         ({"loss": "kl"}, "--loss: must be one of 'forward_kl', 'reverse_kl'"),
         ({"loss_parameter": 1.0}, "loss_parameter: must be in (0, 1)"),
         ({"hidden_weight": -0.1}, "hidden_weight: must be zero or positive"),
@@ -168,8 +193,6 @@ def test_train_settings_out_of_range(values: dict[str, Any], expected: str) -> N
         lambda: LrSchedule("cosine_decay", ()),
         lambda: LrSchedule("cosine_decay", (1e-5,), warmup=-1),
         lambda: LrSchedule("cosine_decay", (1e-5,), warmup_init=-1.0),
-        lambda: Ramp("linear", 1.0, 2.0, 0),
-        lambda: Ramp("exponential", 1.0, 0.0, 10),
     ],
 )
 def test_nested_settings_out_of_range(make: Any) -> None:
