@@ -2,8 +2,8 @@
 
 Row groups are permuted, then the sequences inside each window of row groups. Keys come from splitmix64, so
 that the order never depends on the version of a random generator. Caches of one text are read in one order,
-whatever they keep of the teacher, and so is the text itself beside a live teacher. Cost: one sort of the row groups an epoch,
-one of a window's sequences a window; 8 bytes a sequence.
+whatever they keep of the teacher, and so is the text itself beside a live teacher. Cost: one sort of the row
+groups an epoch, one of a window's sequences a window; 8 bytes a sequence.
 """
 
 import hashlib
