@@ -12,7 +12,7 @@ import pytest
 from pmetal_distill.losses.chunked_head import Backend, HeadOptions, head_loss
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
-from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.losses.head import HeadParts, PackedWeight
 from schemas.errors import UsageError
 from tests.pmetal_distill.head_cases import BACKENDS
 from tests.pmetal_distill.loss_cases import Case, make_case
