@@ -172,7 +172,7 @@ class TestFull:
     def test_quantized_weights_are_refused(self) -> None:
         require_dense(in_memory())
         for train in (require_dense, lambda student: train_last_blocks(student, 1)):
-            with pytest.raises(UsageError, match="must not be quantized; train adapters"):
+            with pytest.raises(UsageError, match="must not be quantized, found"):
                 train(in_memory(bits=4))
 
     @pytest.mark.parametrize("count", [0, 4, -2])
@@ -386,24 +386,18 @@ class TestRecomputing:
                 results[1][1][name], slope, atol=1e-5 * np.abs(slope).max(), err_msg=name
             )
 
-    def test_dropout_is_the_same_in_both_runs(self) -> None:
-        """The gradient is that of the loss that was computed, whose random numbers the seed decides."""
+    def test_dropout_is_the_same_in_both_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = add_adapters(in_memory(), AdapterSpec(dropout=0.5), seed=0).model
         stir(model)
         recompute_blocks(model.layers)
         model.train()
-        _, slopes = gradients(model)
-        start = {name: np.array(value) for name, value in adapter_weights(model).items()}
-        size = 1e-3 / np.sqrt(sum(np.square(s).sum() for s in slopes.values()))
-
-        def loss_at(step: float) -> float:
-            moved = [(name, mx.array(value + step * slopes[name])) for name, value in start.items()]
-            model.load_weights(moved, strict=False)
-            return gradients(model)[0]
-
-        found = (loss_at(size) - loss_at(-size)) / (2 * size)
-        assert found == pytest.approx(sum(np.square(s).sum() for s in slopes.values()), rel=0.02)
-        assert gradients(model, seed=1)[0] != pytest.approx(gradients(model, seed=2)[0], rel=1e-3)
+        value, slopes = gradients(model, seed=1)
+        assert value != pytest.approx(gradients(model, seed=2)[0], rel=1e-3)
+        monkeypatch.setattr(mx, "checkpoint", lambda run: run)  # the same draws, used once
+        expected_value, expected = gradients(model, seed=1)
+        assert value == expected_value
+        for name, slope in expected.items():
+            np.testing.assert_allclose(slopes[name], slope, atol=1e-5 * np.abs(slope).max(), err_msg=name)
 
     def test_other_models_of_the_class_are_left_alone(self) -> None:
         one, two = in_memory().model, in_memory().model
