@@ -9,14 +9,15 @@ On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go 
 compiles anew for every new shape of a batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
+from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
 from pmetal_distill.losses.head import HeadParts
@@ -28,7 +29,7 @@ from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.target import SoftTarget
 from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
-from schemas.errors import ModelError, UsageError
+from schemas.errors import CheckpointError, ModelError, UsageError
 
 Arrays = dict[str, Any]
 Gradients = Any
@@ -96,7 +97,7 @@ class Distiller:
         inputs, template = self._inputs(batch)
         parts, gradients = self._function(inputs, template)(inputs)
         self._collect(gradients)
-        mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state)
+        mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
         if self._taid is not None and self._pending is None:
             self._taid = self._next_share(parts)
         return parts
@@ -118,23 +119,61 @@ class Distiller:
         )
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights of `trained` and the optimizer's state.
+    def state(self) -> TrainingState:
+        """All that `other.state = distiller.state` needs to go on as if training had never stopped.
 
-        Raises:
-            UsageError: in the middle of an accumulation.
+        That is: the trained weights, the optimizer's state, gradients that are not yet applied, the counters,
+        and MLX's global random state. The arrays are those in use, not copies.
         """
-        if self._pending is not None:
-            raise UsageError("state: take it after an update, found gradients that are not yet applied")
+        parts = {
+            "trained": self.trained.trainable_parameters(),
+            "optimizer": self.optimizer.state,
+            "pending": {} if self._pending is None else self._pending,
+        }
+        arrays = {f"{part}.{name}": a for part, tree in parts.items() for name, a in _named(tree).items()}
         taid = self._taid
-        share = None if taid is None else [taid.t, taid.momentum, taid.previous_loss]
-        return {"updates": self.updates, "batches": self._batches, "taid": share}
+        return TrainingState(
+            arrays,
+            {
+                "updates": self.updates,
+                "batches": self._batches,
+                "taid": None if taid is None else [taid.t, taid.momentum, taid.previous_loss],
+                "random": _random_state(),
+            },
+        )
 
     @state.setter
-    def state(self, state: Mapping[str, Any]) -> None:
-        self.updates, self._batches = int(state["updates"]), int(state["batches"])
-        self._taid = None if state["taid"] is None else TaidState(*state["taid"])
-        self._pending = None
+    def state(self, state: TrainingState) -> None:
+        """Takes over a state.
+
+        Raises:
+            CheckpointError: of a training of other parameters; nothing is changed then.
+        """
+        weights, pending = self._like_trained(state, "trained"), None
+        if state.part("pending"):
+            pending = self._like_trained(state, "pending")
+        self.trained.update(weights)
+        self.optimizer.state = cast(dict[str, Any], tree_unflatten(list(state.part("optimizer").items())))
+        self._pending = pending
+        self.updates, self._batches = int(state.record["updates"]), int(state.record["batches"])
+        self._taid = None if state.record["taid"] is None else TaidState(*state.record["taid"])
+        high, low = state.record["random"]
+        mx.random.seed(high << 32 | low)
+
+    def _like_trained(self, state: TrainingState, part: str) -> Any:
+        """A part of the state as the tree of the trained parameters."""
+        found, tree = state.part(part), self.trained.trainable_parameters()
+        mine = _named(tree)
+        for name in sorted(mine.keys() | found.keys()):
+            have, saved = (
+                f"{a[name].dtype} {a[name].shape}" if name in a else "nothing" for a in (mine, found)
+            )
+            if have != saved:
+                raise CheckpointError(
+                    f"state: {part} '{name}' must be {have}, as in this training, found {saved}; "
+                    "give the model and the settings it was saved with"
+                )
+        return tree_map_with_path(lambda name, _: found[name], tree)
 
     def _inputs(self, batch: TrainingBatch | Any) -> tuple[Arrays, SoftTarget]:
         text = _as_batch(batch)
@@ -205,7 +244,8 @@ class Distiller:
             gradients = tree_map(mx.add, self._pending, gradients)
         self._batches += 1
         if self._batches % every:
-            self._pending = gradients
+            # In the order of rows, as read from a file: the norm's rounding depends on the order in memory.
+            self._pending = tree_map(mx.contiguous, gradients)
             return
         gradients = gradients if every == 1 else tree_map(lambda g: g / every, gradients)
         if self.config.max_grad_norm is not None:
@@ -227,6 +267,17 @@ def _teacher(teacher: LoadedModel | LogitCache, vocab_size: int) -> Teacher:
         return CachedTeacher(teacher, vocab_size)
     teacher.model.eval()
     return LiveTeacher(teacher, vocab_size)
+
+
+def _named(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree by their dotted names."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
+
+
+def _random_state() -> list[int]:
+    """MLX's key as two words; seeding with both of them restores it."""
+    state: Any = mx.random.state
+    return cast(list[int], state[0].tolist())
 
 
 def _as_batch(batch: TrainingBatch | Any) -> TrainingBatch:

@@ -5,6 +5,7 @@
     ├── DataError                  text that cannot be read as training data (names file and line)
     ├── ModelError                 not a model, or one that cannot be used
     ├── NonFiniteError             NaN or inf where a number is needed (names the row)
+    ├── CheckpointError            a run's checkpoint that cannot be written, or belongs to another run
     └── CacheError                 something about a cache folder
         ├── CorruptionError        bytes that are not what was written: hash, CRC, invariant
         ├── VersionError           a format version this reader does not know
@@ -38,6 +39,10 @@ class ModelError(PmetalError, ValueError):
 
 class NonFiniteError(PmetalError, ArithmeticError):
     """NaN or infinity in logits, hidden states or a loss."""
+
+
+class CheckpointError(PmetalError):
+    """A checkpoint that cannot be written, or that belongs to another run."""
 
 
 class CacheError(PmetalError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from schemas.errors import CacheError, CorruptionError
+from schemas.errors import CacheError, CorruptionError, PmetalError
 
 TMP = "_tmp"
 _CHUNK = 1 << 20
@@ -191,17 +191,17 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def failing_writes(what: str) -> Iterator[None]:
+def failing_writes(what: str, *, error: type[PmetalError] = CacheError) -> Iterator[None]:
     """Turn an operating system error into one that says what was being written and what to do.
 
     Raises:
-        CacheError: instead of OSError.
+        PmetalError: `error`, instead of OSError.
     """
     try:
         yield
-    except OSError as error:
+    except OSError as found:
         advice = "free space or fix the disk, then run the same command with --resume"
-        raise CacheError(f"{what}: must be written in full, found {error}; {advice}") from error
+        raise error(f"{what}: must be written in full, found {found}; {advice}") from found
 
 
 def _place(path: Path) -> str:
