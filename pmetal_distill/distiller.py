@@ -27,6 +27,7 @@ from pmetal_distill.losses.taid import TaidState
 from pmetal_distill.modelling.documents import holds_one_document
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.schedule import TemperatureSchedule
 from pmetal_distill.target import SoftTarget
 from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
 from schemas.errors import CheckpointError, ModelError, UsageError
@@ -67,6 +68,7 @@ class Distiller:
             raise ModelError(f"{student.source}: a student must have a linear head that can be split off")
         self.teacher = _teacher(teacher, student.vocab_size)
         self.config.divergence.check(self.teacher.kind)
+        _check_temperature(self.config.temperature, self.teacher)
         self.optimizer = optimizer or optim.AdamW(learning_rate=1e-5)
         self.trained = nn.Module()
         self.trained.student = student.model
@@ -278,6 +280,16 @@ def _random_state() -> list[int]:
     """MLX's key as two words; seeding with both of them restores it."""
     state: Any = mx.random.state
     return cast(list[int], state[0].tolist())
+
+
+def _check_temperature(temperature: float | TemperatureSchedule, teacher: Teacher) -> None:
+    """Refuses now what would fail in the middle of a run."""
+    lowest = temperature.lowest if isinstance(temperature, TemperatureSchedule) else temperature
+    if lowest < teacher.lowest_temperature:
+        raise UsageError(
+            f"temperature: must be at least {teacher.lowest_temperature:g} at every step, where the cached "
+            f"targets end, found {lowest:g}; raise the temperature"
+        )
 
 
 def _as_batch(batch: TrainingBatch | Any) -> TrainingBatch:

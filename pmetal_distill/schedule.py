@@ -112,6 +112,11 @@ class Schedule:
             share = math.floor(share * self.stages + 1e-9) / self.stages
         return self.start + (self.end - self.start) * share
 
+    @property
+    def lowest(self) -> float:
+        """The smallest value at any step."""
+        return min(value for value in (self.start, self.end, self.warmup_start) if value is not None)
+
     @classmethod
     def allows(cls, value: float) -> bool:
         """Whether a finite `value` has a meaning."""

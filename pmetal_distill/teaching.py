@@ -70,11 +70,13 @@ class Teacher(Protocol):
         kind: of the targets it gives.
         hidden_size: width of its hidden states; None if it gives none.
         num_layers: its blocks; None if unknown.
+        lowest_temperature: its targets have no meaning below.
     """
 
     kind: str
     hidden_size: int | None
     num_layers: int | None
+    lowest_temperature: float
 
     def answer(
         self, batch: TrainingBatch, layers: tuple[int, ...]
@@ -97,6 +99,7 @@ class LiveTeacher:
         self.kind = "dense"
         self.hidden_size: int | None = model.hidden_size if model.splits else None
         self.num_layers: int | None = model.num_layers
+        self.lowest_temperature = 0.0
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Final hidden states [n, d] -> logits [n, V]."""
@@ -131,6 +134,8 @@ class CachedTeacher:
         hidden, layers = cache.dataset.hidden, cache.dataset.meta.get("teacher_layers")
         self.hidden_size: int | None = hidden.hidden_size if hidden else None
         self.num_layers: int | None = int(layers) if layers else None
+        nodes = cache.spec.curve_nodes
+        self.lowest_temperature = 1 / nodes[-1] if nodes else 0.0
 
     def answer(
         self, batch: TrainingBatch, layers: tuple[int, ...]

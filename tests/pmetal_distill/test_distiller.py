@@ -223,6 +223,10 @@ def test_wrong_uses_are_refused(
         Distiller(cache, student).step(dataloader[0])
     with pytest.raises(UsageError, match="the teacher has layers -4 to 3, found 9"):
         Distiller(teacher, student, DistillConfig(hidden_loss=HiddenStateLoss.MSE, hidden_layers=(9,)))
+    cooling = TemperatureSchedule.linear(start=4.0, end=0.5, steps=1000)
+    with pytest.raises(UsageError, match=r"temperature: must be at least 1 at every step.*found 0\.5"):
+        Distiller(cache, student, DistillConfig(temperature=cooling))
+    assert Distiller(teacher, student, DistillConfig(temperature=cooling)).updates == 0
     aligned = DistillConfig(hidden_loss=HiddenStateLoss.MSE, hidden_layers=(1,))
     with pytest.raises(UsageError, match="does not say how many layers"):
         Distiller(cache, student, aligned)
