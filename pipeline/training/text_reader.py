@@ -1,0 +1,115 @@
+"""Packed text, read as a cache of it would be: same row groups, same order, same padding, no targets.
+
+An online run and one from a cache of the same data therefore see the same batches, if the cache was made with
+the default shard size. Memory: the tokens, 4 bytes each.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cache import ROWS_PER_GROUP
+from pipeline.data import PackedDataset
+from pipeline.settings import CacheSettings
+from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
+from pmetal_distill.offline.batches import BatchIterator, Feed, Share
+from pmetal_distill.offline.order import Position, make_order
+from schemas.arrays import TargetArrays
+
+SEQUENCES_PER_SHARD: Any = {f.name: f.default for f in fields(CacheSettings)}["sequences_per_shard"]
+PAD_MULTIPLE = 32
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextReader:
+    """Batches of packed text.
+
+    Args:
+        data: what to read.
+    """
+
+    data: PackedDataset
+
+    @property
+    def text(self) -> str:
+        """A hash that names the text, as `LogitCache.text`."""
+        return self.data.fingerprint()
+
+    @property
+    def numbers(self) -> Int64:
+        """Numbers of the sequences, ascending."""
+        return np.arange(self.data.num_sequences, dtype=np.int64)
+
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        state: dict[str, Any] | None = None,
+        epochs: int | None = None,
+        shuffle: bool = True,
+        window: int = 16,
+        subset: npt.ArrayLike | None = None,
+        prefetch: int = 2,
+    ) -> BatchIterator:
+        """Batches in the order of `LogitCache.batches`, whose arguments these are.
+
+        Raises:
+            IncompatibleError: a subset with sequences that are not there, or a state of another order.
+        """
+        lengths = self.data.sequence_lengths()
+        groups = row_groups(lengths, per_shard=SEQUENCES_PER_SHARD, rows_per_group=ROWS_PER_GROUP)
+        firsts = np.array([group[0] for group in groups], np.int64)
+        order = make_order(
+            groups,
+            root=self.text,
+            text=self.text,
+            seed=seed,
+            window=window,
+            shuffle=shuffle,
+            subset=subset,
+        )
+
+        def pad(sequences: list[StoredSequence], numbers: list[int]) -> Batch:
+            size = padded_length(int(lengths[numbers].max()), pad_multiple=PAD_MULTIPLE, length=None)
+            return collate(sequences, size, empty=_no_targets(0))
+
+        feed = Feed(
+            order,
+            Share(0, 1),
+            epochs,
+            group_of=lambda number: int(np.searchsorted(firsts, number, side="right")) - 1,
+            load=lambda group: {number: self._sequence(number) for number in groups[group].tolist()},
+            collate=pad,
+        )
+        start = Position(0, 0, seed, window, batch_size, order.root)
+        iterator = BatchIterator(feed, start, prefetch=prefetch)
+        if state is not None:
+            iterator.set_state(state)
+        return iterator
+
+    def _sequence(self, number: int) -> StoredSequence:
+        row = self.data.sequence(number)
+        documents = row.documents - row.documents.min()
+        mask = row.loss_mask.astype(np.bool_)
+        return StoredSequence(number, row.token_ids, documents, mask, _no_targets(len(mask)), basis_index=-1)
+
+
+def row_groups(lengths: Int64, *, per_shard: int, rows_per_group: int) -> list[Int64]:
+    """Sequence numbers of the row groups that a cache of sequences of these lengths would have."""
+    groups: list[Int64] = []
+    start, size = 0, 0
+    for number, length in enumerate(lengths.tolist()):
+        size += length
+        last_of_shard = (number + 1) % per_shard == 0 or number + 1 == len(lengths)
+        if size >= rows_per_group or last_of_shard:
+            groups.append(np.arange(start, number + 1, dtype=np.int64))
+            start, size = number + 1, 0
+    return groups
+
+
+def _no_targets(num_tokens: int) -> TargetArrays:
+    return TargetArrays.empty(num_tokens, k=0, num_nodes=0, rank=0)

@@ -1,0 +1,77 @@
+"""A student against the targets of a teacher, token by token, without gradients.
+
+Works with whatever a teacher gives, cached or live. Costs the student's forward pass, and for every question
+a head product and a pass over the logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from pmetal_distill.losses.chunked_head import HeadOptions, head_rows
+from pmetal_distill.losses.divergences import Divergence
+from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.losses.job import TokenRows
+from pmetal_distill.models import LoadedModel
+from pmetal_distill.teaching import Teacher, TrainingBatch
+from schemas.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A divergence at a softmax temperature."""
+
+    divergence: Divergence
+    temperature: float
+
+
+def target_rows(
+    student: LoadedModel,
+    teacher: Teacher,
+    batch: TrainingBatch,
+    questions: Sequence[Question],
+    *,
+    chunk_tokens: int | None = None,
+) -> TokenRows:
+    """What is known of each of the B L tokens of a batch.
+
+    Args:
+        student: in the mode it is in; call `student.model.eval()` before.
+        teacher: cached or live.
+        batch: that the teacher can answer.
+        questions: at least one.
+        chunk_tokens: tokens whose logits exist at once; by vocabulary and device if None.
+
+    Returns:
+        evaluated; `soft` has one row a question, in their order.
+
+    Raises:
+        ModelError: a student whose head cannot be split off.
+        UsageError: a divergence or temperature that the targets do not give.
+        IncompatibleError: the batch does not fit the teacher.
+    """
+    if student.head is None:
+        raise ModelError(f"{student.source}: must have a linear head that can be split off, found none")
+    target, _ = teacher.answer(batch, ())
+    states = student.hidden(mx.array(batch.token_ids), documents=batch.documents)
+    distinct = list(dict.fromkeys(questions))
+    soft: dict[Question, mx.array] = {}
+    rows: TokenRows | None = None
+    for divergence in dict.fromkeys(question.divergence for question in distinct):
+        asked = [question for question in distinct if question.divergence == divergence]
+        found = head_rows(
+            states.final,
+            HeadParts.of(student.head),
+            [target.at(question.temperature) for question in asked],
+            mx.array(batch.labels),
+            mx.array(batch.loss_mask),
+            divergence=divergence,
+            options=HeadOptions(chunk_tokens=chunk_tokens),
+        )
+        soft.update(zip(asked, found.soft, strict=True))
+        rows = rows or found
+    assert rows is not None
+    rows = rows._replace(soft=mx.stack([soft[question] for question in questions]))
+    mx.eval(rows)
+    return rows
