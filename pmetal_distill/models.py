@@ -236,6 +236,7 @@ def save_model(
     *,
     tokenizer: Any = None,
     config: Mapping[str, Any] | None = None,
+    weights: Mapping[str, mx.array] | None = None,
 ) -> Path:
     """Writes a folder that `mlx_lm.load` and `mlx_lm.generate` read. It appears whole or not at all.
 
@@ -244,6 +245,7 @@ def save_model(
         folder: must be missing or empty.
         tokenizer: instead of the loaded model's.
         config: instead of the loaded model's.
+        weights: instead of the model's parameters.
 
     Returns:
         `folder`.
@@ -257,8 +259,9 @@ def save_model(
     config = config if config is not None or loaded is None else loaded.config
     if tokenizer is None or config is None:
         raise TypeError("save_model: a plain model needs tokenizer and config")
+    weights = dict(tree_flatten(module.parameters())) if weights is None else weights
     with new_folder(Path(folder)) as draft:
-        write_model_files(draft, dict(tree_flatten(module.parameters())), tokenizer, config)
+        write_model_files(draft, weights, tokenizer, config)
         if loaded and loaded.folder and config.get("model_file"):
             for path in loaded.folder.glob("*.py"):
                 shutil.copy(path, draft)

@@ -1,12 +1,73 @@
-"""The student of a run: does it fit the cache?"""
+"""The student of a run: what of it is trained, and whether it fits the cache. Costs loading it."""
 
 from typing import TYPE_CHECKING
 
+from pipeline.console import Console
+from pipeline.settings import TrainSettings
 from schemas.errors import IncompatibleError
 
 if TYPE_CHECKING:
+    from pmetal_distill.adapters import AdapterSpec
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.reader import LogitCache
+
+
+def prepare_student(settings: TrainSettings, console: Console) -> "LoadedModel":
+    """Loads the student and leaves exactly those weights trainable that the settings want trained.
+
+    With `fine_tune_type: full` these are all weights, or those of the last `num_layers` blocks; else new
+    adapters, whose weights the seed decides, or those of `resume_adapter_file`.
+
+    Raises:
+        ModelError: the student cannot be loaded.
+        UsageError: quantized weights that would be trained, or adapters that do not fit.
+    """
+    from pmetal_distill.adapters import add_adapters, require_dense, train_last_blocks
+    from pmetal_distill.modelling.recompute import recompute_blocks
+    from pmetal_distill.models import load_model
+
+    student = load_model(settings.student, trust_remote_code=settings.trust_remote_code)
+    for note in student.notes:
+        console.note(f"student: {note}")
+    if (spec := adapter_spec(settings)) is not None:
+        student = add_adapters(student, spec, seed=settings.seed)
+    elif settings.num_layers == -1:
+        require_dense(student)
+    else:
+        train_last_blocks(student, settings.num_layers)
+    if settings.resume_adapter_file is not None:
+        _resume(settings, student, console)
+    if settings.grad_checkpoint:
+        recompute_blocks(student.model.layers)
+    return student
+
+
+def adapter_spec(settings: TrainSettings) -> "AdapterSpec | None":
+    """The adapters that the settings want; None for full fine-tuning."""
+    from pmetal_distill.adapters import AdapterSpec
+
+    if settings.fine_tune_type == "full":
+        return None
+    wanted = settings.lora_parameters
+    return AdapterSpec(
+        settings.fine_tune_type,
+        rank=wanted.rank,
+        scale=wanted.scale,
+        dropout=wanted.dropout,
+        keys=wanted.keys,
+        num_layers=settings.num_layers,
+    )
+
+
+def _resume(settings: TrainSettings, student: "LoadedModel", console: Console) -> None:
+    from pmetal_distill.adapters import adapter_weights, load_adapter_weights
+
+    file = settings.resume_adapter_file
+    assert file is not None
+    new = load_adapter_weights(student, file, spec=adapter_spec(settings))
+    if new:
+        total = len(adapter_weights(student.model))
+        console.note(f"{file}: holds {total - len(new)} of the {total} trained tensors; the others start new")
 
 
 def check_student(student: "LoadedModel", cache: "LogitCache") -> None:
