@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect": "pipeline.commands.inspect",
     "verify": "pipeline.commands.verify",
     "repair": "pipeline.commands.repair",
+    "push": "pipeline.commands.push",
+    "pull": "pipeline.commands.pull",
     "eval": "pipeline.commands.eval",
     "demo": "pipeline.commands.demo",
 }

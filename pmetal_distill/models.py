@@ -6,10 +6,8 @@ head begins. On the CPU everything runs in float32: half-precision products are 
 """
 
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sha256
+from pmetal_distill.home import cache_home
 from pmetal_distill.modelling.anatomy import CacheKind, examine
 from pmetal_distill.modelling.fingerprints import (
     chat_template_fingerprint,
@@ -122,15 +121,6 @@ def locate_model(path_or_repo: str | Path) -> Path:
             f"{path}: no such file or folder; give an mlx-lm folder, a hub id 'owner/name' or a .gguf file"
         )
     return _downloaded(str(path_or_repo))
-
-
-def cache_home() -> Path:
-    """Where converted models are kept: $PMETAL_HOME, else a folder in the user's cache."""
-    if home := os.environ.get("PMETAL_HOME"):
-        return Path(home).expanduser()
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/pmetal-distill").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pmetal-distill"
 
 
 def _converted(path: Path) -> Path:

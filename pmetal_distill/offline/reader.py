@@ -32,7 +32,7 @@ class LogitCache:
     """A cache folder, opened for reading.
 
     Args:
-        path: the folder.
+        path: the folder, or its URL in object storage (see `offline.remote`), read through a local mirror.
         k: truncate heads to this many entries; the others join the tail.
         rank: truncate sketches to this many coordinates; 0 leaves the tail as a bucket.
         with_tail: false leaves the renormalised head only, as if the cache had tail "none".
@@ -63,7 +63,7 @@ class LogitCache:
             raise UsageError(
                 f"LogitCache: verify_hashes must be lazy, eager or never, found {verify_hashes!r}"
             )
-        self.store = Store.open(Path(path))
+        self.store = Store.open(path)
         self.hidden_layers = tuple(hidden_layers)
         self._verify = verify_hashes != "never"
         self._checked: set[object] = set()
@@ -266,8 +266,7 @@ class LogitCache:
         """Target files as bytes, by codec: for measuring."""
         for name in {s.record.basis for s in self.shards}:
             members = [s for s in self.shards if s.record.basis == name]
-            folder = self.store.root / "shards"
-            yield members[0].codec, [(folder / s.record.targets.name).read_bytes() for s in members]
+            yield members[0].codec, [self._raw(s.record.targets) for s in members]
 
     def close(self) -> None:
         """Close the files kept open."""
@@ -349,6 +348,10 @@ class LogitCache:
             )
             start += length
         return result
+
+    def _raw(self, ref: FileRef) -> bytes:
+        self.store.fetch("shards", ref)
+        return (self.store.root / "shards" / ref.name).read_bytes()
 
     def _check_all(self) -> None:
         sidecars: dict[str, FileRef] = {}

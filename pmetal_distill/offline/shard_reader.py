@@ -126,18 +126,28 @@ class ShardReader:
         if ref.name in self._open:
             self._open.move_to_end(ref.name)
             return self._open[ref.name][1]
-        check_folder(self._store.root / "shards")
-        handle = open_plain(self._store.root / "shards" / ref.name)
         try:
-            self._check_bytes(handle, ref)
-            file = open_parquet(handle, where=f"shards/{ref.name}")
-        except BaseException:
-            handle.close()
-            raise
+            handle, file = self._opened(ref)
+        except CorruptionError:
+            if self._store.mirror is None:
+                raise
+            self._store.mirror.drop("shards", ref)
+            handle, file = self._opened(ref)
         self._open[ref.name] = (handle, file)
         if len(self._open) > MAX_OPEN_FILES:
             self._open.popitem(last=False)[1][0].close()
         return file
+
+    def _opened(self, ref: FileRef) -> tuple[BinaryIO, pq.ParquetFile]:
+        self._store.fetch("shards", ref)
+        check_folder(self._store.root / "shards")
+        handle = open_plain(self._store.root / "shards" / ref.name)
+        try:
+            self._check_bytes(handle, ref)
+            return handle, open_parquet(handle, where=f"shards/{ref.name}")
+        except BaseException:
+            handle.close()
+            raise
 
     def _check_bytes(self, handle: BinaryIO, ref: FileRef) -> None:
         status = file_identity(handle)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmetal_distill.offline.commit import check_folder, read_plain
+from pmetal_distill.offline.mirror import Mirror
+from pmetal_distill.offline.remote import is_url
 from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
 from schemas.errors import CorruptionError, UsageError
@@ -34,20 +36,25 @@ class Store:
         root: the folder.
         dataset: its description.
         checksum: the checksum of `dataset.json`.
+        mirror: fills the folder from object storage; None where it is the cache itself.
     """
 
     root: Path
     dataset: Dataset
     checksum: str
+    mirror: Mirror | None = None
 
     @staticmethod
-    def open(root: Path) -> "Store":
-        """Read `dataset.json`.
+    def open(place: Path | str) -> "Store":
+        """Read `dataset.json` of a folder or a URL.
 
         Raises:
             UsageError: no such folder, or not a cache.
             CorruptionError, VersionError: damaged or of a newer version.
+            CacheError: the storage behind a URL does not answer.
         """
+        mirror = Mirror(str(place)) if is_url(place) else None
+        root = mirror.root if mirror else Path(place)
         path = root / DATASET
         if not path.exists() and not path.is_symlink():
             raise UsageError(f"{root}: must be a cache folder, found no {DATASET}; check the path")
@@ -57,7 +64,7 @@ class Store:
             # Tools that copy a cache may drop empty folders; what is there must be a real folder.
             if name == "commits" or (root / name).is_symlink() or (root / name).exists():
                 check_folder(root / name)
-        return Store(root, dataset, checksum_of(data))
+        return Store(root, dataset, checksum_of(data), mirror)
 
     def record_path(self, shard: int) -> Path:
         """Where the commit record of a shard lies."""
@@ -144,10 +151,26 @@ class Store:
             raise CorruptionError(
                 f"{where}: must be at most {MAX_SIDECAR_BYTES} bytes, found {ref.num_bytes}"
             )
-        check_folder(self.root / folder)
-        data = read_plain(self.root / folder / ref.name, max_bytes=ref.num_bytes)
+        data = self._read(folder, ref)
+        if self.mirror and hashlib.sha256(data).hexdigest() != ref.sha256:
+            self.mirror.drop(folder, ref)
+            data = self._read(folder, ref)
         digest = hashlib.sha256(data).hexdigest()
         if digest != ref.sha256:
             must = f"must have SHA-256 {ref.sha256[:16]}"
             raise CorruptionError(f"{where}: {must}, found {digest[:16]}; restore it from its source")
         return data
+
+    def fetch(self, folder: str, ref: FileRef) -> None:
+        """Brings a file here if the cache lies in object storage.
+
+        Raises:
+            CorruptionError, CacheError: as `Mirror.fetch`.
+        """
+        if self.mirror:
+            self.mirror.fetch(folder, ref)
+
+    def _read(self, folder: str, ref: FileRef) -> bytes:
+        self.fetch(folder, ref)
+        check_folder(self.root / folder)
+        return read_plain(self.root / folder / ref.name, max_bytes=ref.num_bytes)
