@@ -1,32 +1,29 @@
 """What a run reports: running means of the loss components, speed, waiting."""
 
-import time
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pipeline.settings import TrainSettings
 from schemas.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from pmetal_distill.distiller import Distiller
     from pmetal_distill.losses.chunked_head import LossParts
-    from pmetal_distill.offline.batch import Batch
+    from pmetal_distill.teaching import TrainingBatch
 
 
 @dataclass(slots=True)
 class Means:
     """Running means of the loss components since the last report, weighted by tokens."""
 
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sums: dict[str, float] = field(default_factory=dict)
     tokens: float = 0.0
 
     def add(self, values: Mapping[str, float], tokens: float) -> None:
         for name, value in values.items():
-            self.sums[name] += value * tokens
+            self.sums[name] = self.sums.get(name, 0.0) + value * tokens
         self.tokens += tokens
 
     def take(self) -> dict[str, float]:
@@ -37,20 +34,32 @@ class Means:
         return means
 
 
+@dataclass(slots=True)
+class Totals:
+    """Since the run began, over all its processes; evaluation and checkpoints are not in the seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class RunLog:
-    """Collects what the steps say and turns it into reports."""
+    """Collects what the steps say and turns it into reports.
 
-    settings: TrainSettings
+    Attributes:
+        last: the last report.
+    """
+
     distiller: "Distiller"
     means: Means = field(default_factory=Means)
-    tokens: int = 0
-    waited: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    totals: Totals = field(default_factory=Totals)
     last: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, iteration: int, parts: "LossParts", batch: "Batch", *, waited: float) -> None:
-        """Adds a step.
+    def add(
+        self, iteration: int, parts: "LossParts", batch: "TrainingBatch", *, waited: float, seconds: float
+    ) -> None:
+        """Adds a step that took `seconds`, of which it `waited` for the batch.
 
         Raises:
             NonFiniteError: its loss is not a number.
@@ -59,32 +68,46 @@ class RunLog:
         if self.distiller.config.hidden_loss is not None:
             names["hidden"] = parts.hidden
         values = {name: cast(float, value.item()) for name, value in names.items()}
-        _require_finite(values, iteration, batch)
-        self.means.add(values, batch.num_trained_tokens)
-        self.tokens += batch.num_trained_tokens
-        self.waited += waited
+        if not np.isfinite(values["loss"]):
+            raise NonFiniteError(
+                f"iteration {iteration}: the loss must be finite, found {values['loss']} on sequences "
+                f"{sequences_of(batch)}; lower the learning rate or look at these rows with 'inspect'"
+            )
+        tokens = int(batch.loss_mask.sum())
+        self.means.add(values, tokens)
+        self.totals.tokens += tokens
+        self.totals.waited += waited
+        self.totals.seconds += seconds
 
     def report(self, iteration: int) -> dict[str, Any]:
         """Means since the last report, and totals."""
-        seconds = time.perf_counter() - self.started
-        update = max(self.distiller.updates - 1, 0)
+        totals, update = self.totals, max(self.distiller.updates - 1, 0)
         self.last = {
             "iteration": iteration,
             **self.means.take(),
             "temperature": self.distiller.config.temperature_at(update),
             "alpha": self.distiller.config.alpha_at(update),
             "learning_rate": float(self.distiller.optimizer.learning_rate),
-            "tokens": self.tokens,
-            "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "data_wait_share": self.waited / seconds,
+            "tokens": totals.tokens,
+            "seconds": totals.seconds,
+            "tokens_per_second": totals.tokens / totals.seconds,
+            "data_wait_share": totals.waited / totals.seconds,
         }
         return self.last
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: everything, so that the next report is as if the run had never stopped."""
+        return {"means": asdict(self.means), "totals": asdict(self.totals), "last": dict(self.last)}
 
-def _require_finite(values: Mapping[str, float], iteration: int, batch: "Batch") -> None:
-    if not np.isfinite(values["loss"]):
-        raise NonFiniteError(
-            f"iteration {iteration}: the loss must be finite, found {values['loss']} on sequences "
-            f"{batch.numbers.tolist()}; lower the learning rate or look at these rows with 'inspect'"
-        )
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.means = Means(**state["means"])
+        self.totals = Totals(**state["totals"])
+        self.last = dict(state["last"])
+
+
+def sequences_of(batch: "TrainingBatch") -> list[int]:
+    """Numbers of the sequences in a batch, if it knows them."""
+    numbers = getattr(batch, "numbers", None)
+    return [] if numbers is None else cast(list[int], numbers.tolist())

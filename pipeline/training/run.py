@@ -1,91 +1,118 @@
-"""Stage two: trains a student from a cache. Costs forward and backward of the student; no teacher is needed.
+"""Stage two: trains a student from a cache or beside a live teacher, and can be stopped at any time.
 
-A run folder holds `config.yaml` (the settings as resolved), `metrics.jsonl` (one object a report) and
-`model/`, a folder that mlx_lm loads.
+Costs forward and backward of the student. `folder` says what lies in the folder of a run; beside that there
+are the model or its adapters, see `output`.
 """
 
-import json
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.about import missing_blas
-from pipeline.config import save_config
 from pipeline.console import Console
 from pipeline.settings import TrainSettings
+from pipeline.training.checkpoints import Checkpoint, Checkpoints
 from pipeline.training.config import distill_config
+from pipeline.training.folder import CONFIG, METRICS, RunFolder
+from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
 from pipeline.training.log import RunLog
-from pipeline.training.source import open_cache
-from pipeline.training.student import check_student
-from schemas.errors import UsageError
+from pipeline.training.reporting import Metrics, begin_services, services
 
 if TYPE_CHECKING:
-    from pmetal_distill.models import LoadedModel
-    from pmetal_distill.offline.reader import LogitCache
+    from pipeline.training.loop import Loop
 
-METRICS = "metrics.jsonl"
-CONFIG = "config.yaml"
-MODEL = "model"
+__all__ = ["CONFIG", "METRICS", "run_train"]
 
 
 def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """Trains, logs, saves.
 
+    With `resume`, goes on from the newest intact checkpoint as if the run had never been stopped; without one
+    it begins anew; a finished run is left as it is.
+
     Returns:
-        steps, seconds, tokens a second, the last means of the loss components, and where the model lies.
+        the last means of the loss components and of the evaluation, speed, and where the model lies.
 
     Raises:
-        UsageError: the output folder is in use.
+        UsageError: the output folder is in use, or a package is missing.
+        CheckpointError: `resume` with other settings, another student or other data than the run's.
         IncompatibleError: the student cannot hold the cached ids, or has another tokenizer.
-        NonFiniteError: the loss stopped being a number.
+        NonFiniteError: the loss or the weights stopped being numbers.
+        KeyboardInterrupt: stopped by a signal, behind a checkpoint.
     """
-    from pmetal_distill.models import load_model, save_model
+    if names := services(settings):
+        from pmetal_distill.modelling.callbacks import require_services
 
-    _refuse_used_folder(settings.out)
+        require_services(names)
+    with RunFolder.open(settings) as folder:
+        if (result := folder.result) is not None:
+            check_same_settings(deciding_settings(folder.settings()), settings)
+            console.note(f"{folder.path}: the run is finished; nothing was changed")
+            return result
+        result = _run(settings, folder, console)
+        folder.finish(result)
+        return result
+
+
+def _run(settings: TrainSettings, folder: RunFolder, console: Console) -> dict[str, Any]:
+    from pipeline.training.output import write_outputs
+
     if hint := missing_blas():
         console.note(hint)
-    cache = open_cache(settings)
-    student = load_model(settings.student, trust_remote_code=settings.trust_remote_code)
-    for note in student.notes:
-        console.note(f"student: {note}")
-    check_student(student, cache)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    save_config(settings, settings.out / CONFIG)
-    metrics = _train(settings, cache, student, console)
-    save_model(student, settings.out / MODEL)
-    return {**metrics, "model": str(settings.out / MODEL)}
+    checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
+    checkpoint = _checkpoint(settings, folder, checkpoints, console)
+    loop = _prepare(settings, checkpoints, checkpoint, console)
+    folder.save_settings(settings)
+    callback = begin_services(settings)
+    with Metrics(folder.metrics, after=loop.iteration, callback=callback) as metrics:
+        loop.run(metrics, console)
+    figures = {**loop.log.last, **loop.evaluation}
+    if loop.best is not None:
+        figures["best_iteration"] = loop.best[0]
+    return {**figures, **write_outputs(settings, loop.distiller.student, loop.source, figures)}
 
 
-def _refuse_used_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out}: the folder of a run must be new or empty, found it in use; choose another --out"
-        )
+def _checkpoint(
+    settings: TrainSettings, folder: RunFolder, checkpoints: Checkpoints, console: Console
+) -> Checkpoint | None:
+    """The checkpoint to go on from, of a run with these settings; None to begin anew."""
+    if not settings.resume:
+        return None
+    checkpoint = checkpoints.latest(console) if folder.resumed else None
+    if checkpoint is None:
+        console.note(f"{folder.path}: no checkpoint to go on from; the run begins anew")
+        return None
+    check_same_settings(checkpoint.state.record["settings"], settings)
+    return checkpoint
 
 
-def _train(
-    settings: TrainSettings, cache: "LogitCache", student: "LoadedModel", console: Console
-) -> dict[str, Any]:
+def _prepare(
+    settings: TrainSettings, checkpoints: Checkpoints, checkpoint: Checkpoint | None, console: Console
+) -> "Loop":
+    """Student, data and distiller, at the beginning or where the checkpoint was written."""
+    import mlx.core as mx
+
+    from pipeline.training.loop import Loop
     from pipeline.training.optimizing import build_optimizer
+    from pipeline.training.source import open_source
+    from pipeline.training.student import prepare_student
+    from pipeline.training.validation import Validator
     from pmetal_distill.distiller import Distiller
 
-    config = distill_config(settings, cache.hidden_layers)
-    distiller = Distiller(cache, student, config, optimizer=build_optimizer(settings))
-    log = RunLog(settings, distiller)
-    with (
-        (settings.out / METRICS).open("w", encoding="utf-8") as file,
-        cache.batches(batch_size=settings.batch_size, seed=settings.seed) as batches,
-        console.progress("training", total=settings.iters, unit="steps") as progress,
-    ):
-        for iteration in range(1, settings.iters + 1):
-            started = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - started
-            parts = distiller.step(batch)
-            log.add(iteration, parts, batch, waited=waited)
-            progress.advance(1)
-            if iteration % settings.steps_per_report == 0 or iteration == settings.iters:
-                report = log.report(iteration)
-                print(json.dumps(report), file=file, flush=True)
-                progress.tell(" ".join(f"{name} {report[name]:.3f}" for name in ("loss", "soft", "hard")))
-    return log.last
+    mx.random.seed(settings.seed)
+    student = prepare_student(settings, console)
+    source = open_source(settings, student, console)
+    content = content_of(settings, student, source)
+    if checkpoint is not None:
+        check_same_content(checkpoint.state.record["content"], content)
+    distiller = Distiller(
+        source.teacher,
+        student,
+        distill_config(settings, source.hidden_layers),
+        optimizer=build_optimizer(settings),
+    )
+    made_from = {"settings": deciding_settings(settings), "content": content}
+    validator = Validator(settings, source, distiller)
+    loop = Loop(settings, source, distiller, validator, checkpoints, made_from, RunLog(distiller))
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        console.note(f"going on behind batch {checkpoint.iteration:,} of {settings.iters:,}")
+    return loop
