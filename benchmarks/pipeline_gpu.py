@@ -89,7 +89,7 @@ class Check:
         """Stage two from one cache into a folder of this name."""
         return TrainSettings(
             student=str(self.folder / "student"),
-            cache=self.folder / cache,
+            cache=str(self.folder / cache),
             out=self.folder / name,
             iters=self.iters,
             batch_size=8,

@@ -172,7 +172,7 @@ def _cache_settings(options: DemoOptions, teacher: Path, data: Path) -> CacheSet
 def _train_settings(options: DemoOptions, student: Path) -> TrainSettings:
     return TrainSettings(
         student=str(student),
-        cache=options.out / "cache",
+        cache=str(options.out / "cache"),
         out=options.out / "run",
         iters=options.iters,
         learning_rate=6e-4,

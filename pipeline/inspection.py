@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 48
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path | str) -> dict[str, Any]:
     """The cache's description, size by column and measured errors; works on unfinished caches too."""
     from pmetal_distill.offline.reader import LogitCache
 
@@ -72,7 +72,7 @@ def describe_text(facts: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def look(folder: Path, *, sequence: int, position: int, temperature: float, top: int) -> dict[str, Any]:
+def look(folder: Path | str, *, sequence: int, position: int, temperature: float, top: int) -> dict[str, Any]:
     """The teacher's view of the token behind a position.
 
     Raises:

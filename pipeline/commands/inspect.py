@@ -1,7 +1,5 @@
 """`inspect`: what is inside a cache."""
 
-from pathlib import Path
-
 import click
 
 from pipeline.commands.shared import console_options
@@ -10,14 +8,14 @@ from schemas.errors import UsageError
 
 
 @click.command("inspect")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--sequence", type=int, help="Show the teacher's view of a position of this sequence.")
 @click.option("--position", type=int, default=0, show_default=True, help="Position in the sequence.")
 @click.option("--temperature", default=1.0, show_default=True, help="Softmax temperature of the view.")
 @click.option("--top", default=10, show_default=True, help="Tokens to show.")
 @console_options
 def command(
-    cache: Path, sequence: int | None, position: int, temperature: float, top: int, console: Console
+    cache: str, sequence: int | None, position: int, temperature: float, top: int, console: Console
 ) -> None:
     """Show what CACHE holds: layout, size by column, errors measured while caching, what it was made from.
 

@@ -81,7 +81,9 @@ class TrainSettings:
 
     student: str = field(metadata=described("Student: an mlx-lm folder or a hub id.", aliases=("model",)))
     out: Path = field(metadata=described("Folder of the new run.", aliases=("adapter_path",)))
-    cache: Path | None = field(default=None, metadata=described("Folder of the cache."))
+    cache: str | None = field(
+        default=None, metadata=described("The cache: a folder, or a URL in object storage.")
+    )
     teacher: str | None = field(
         default=None,
         metadata=described("Instead of a cache: a live teacher that reads 'data' beside the student."),
