@@ -28,7 +28,8 @@ class Captured(NamedTuple):
     Attributes:
         ids: int32 [n, k], columns of the k largest logits in descending order, ties by lower id.
         scores: float32 [n, k], their logits.
-        lse: float32 [n], ln sum exp of the row.
+        lse: float32 [n], ln sum exp of the row; NaN or infinite if the row holds NaN or +infinity.
+        lowest: float32 [n], the row's smallest logit, NaN aside: -infinity if one is there, which `lse` hides.
         curve: float32 [n, m], ln sum over the tail of exp(b (z_j - z_ref)) at each node b, z_ref the smallest
             head logit. Where the sum underflows float32, its largest term.
     """
@@ -36,6 +37,7 @@ class Captured(NamedTuple):
     ids: mx.array
     scores: mx.array
     lse: mx.array
+    lowest: mx.array
     curve: mx.array
 
 
@@ -50,8 +52,8 @@ def capture(logits: mx.array, *, k: int, nodes: Sequence[float] = ()) -> Capture
     wanted = tuple(nodes)
     whole = wanted if 1.0 in wanted else (*wanted, 1.0)
     if usable(logits, k) and k <= MAX_K and len(whole) <= MAX_NODES:
-        ids, scores, lse, curve = _launch(logits, k, whole)
-        return Captured(ids, scores, lse, curve[:, : len(wanted)])
+        ids, scores, lse, lowest, curve = _launch(logits, k, whole)
+        return Captured(ids, scores, lse, lowest, curve[:, : len(wanted)])
     return _plain(logits, k, wanted)
 
 
@@ -81,7 +83,8 @@ def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array
     values |= {"NODES": len(nodes), "ONE": nodes.index(1.0), "GRID": grid}
     values |= {f"P{i}": powers[i] if i < len(powers) else 0 for i in range(MAX_NODES)}
     outputs: dispatch.Outputs = {"ids": ((n, k), mx.int32), "scores": ((n, k), mx.float32)}
-    outputs |= {"lse": ((n,), mx.float32), "curve": ((n, len(nodes)), mx.float32)}
+    outputs |= {"lse": ((n,), mx.float32), "lowest": ((n,), mx.float32)}
+    outputs |= {"curve": ((n, len(nodes)), mx.float32)}
     rates = mx.array((*nodes, *[0.0] * (MAX_NODES - len(nodes))), mx.float32)
     inputs = {"z": logits, "rates": rates}
     return dispatch.launch(
@@ -96,7 +99,7 @@ def _plain(logits: mx.array, k: int, nodes: tuple[float, ...]) -> Captured:
     tail = mx.put_along_axis(z, ids, mx.array(-1.0e30), axis=-1) - scores[:, -1:]
     rows = [row_logsumexp(b * tail) for b in nodes]
     curve = mx.stack(rows, axis=-1) if rows else mx.zeros((len(z), 0))
-    return Captured(ids, scores, row_logsumexp(z), curve)
+    return Captured(ids, scores, row_logsumexp(z), z.min(axis=-1), curve)
 
 
 def _top(z: mx.array, k: int) -> mx.array:

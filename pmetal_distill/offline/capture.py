@@ -125,7 +125,7 @@ def _on_device(
     logits: mx.array, spec: TargetSpec, first_row: int
 ) -> tuple[npt.NDArray[np.int32], Float32, Float32]:
     found = capture_on_device(logits, k=spec.k, nodes=spec.curve_nodes)
-    finite = mx.isfinite(found.lse) & mx.isfinite(logits.min(axis=-1))
+    finite = mx.isfinite(found.lse) & mx.isfinite(found.lowest)
     mx.eval(found, finite)
     ok = np.array(finite)
     if not ok.all():

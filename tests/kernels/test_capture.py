@@ -39,6 +39,7 @@ def _check(
     np.testing.assert_array_equal(np.array(found.ids), ids, where)
     tools.assert_close(found.scores, np.take_along_axis(tools.float64(z), ids, -1), 0.0, where)
     tools.assert_close(found.lse, lse, 3e-6, where)
+    tools.assert_close(found.lowest, tools.float64(z).min(-1), 0.0, where)
     if curve is not None:
         tools.assert_close(found.curve, curve, 5e-6, where)
     assert engaged()["capture"]
@@ -88,6 +89,7 @@ def test_masked_columns() -> None:
     np.testing.assert_array_equal(np.array(found.ids), order)
     wanted = [np.log(np.exp(row[row > -1e29].astype(np.float64)).sum()) for row in z]
     np.testing.assert_allclose(np.array(found.lse), wanted, rtol=3e-6)
+    np.testing.assert_array_equal(np.array(found.lowest), z.min(-1))
 
 
 def test_a_tail_far_below_the_head_gives_its_largest_term() -> None:
@@ -122,6 +124,7 @@ def test_plain_operations_give_the_same_also_with_ties() -> None:
     ids, lse, curve = _reference(z, 40, DEFAULT_NODES)
     np.testing.assert_array_equal(np.array(plain.ids), ids)
     tools.assert_close(plain.lse, lse, 3e-6)
+    tools.assert_close(plain.lowest, tools.float64(z).min(-1), 0.0)
     tools.assert_close(plain.curve, curve, 5e-6)
     with tools.emulated():
         assert np.array_equal(np.array(public_capture(z, k=40).ids), ids)

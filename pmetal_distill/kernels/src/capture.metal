@@ -1,5 +1,5 @@
-    // The K largest scores of a row (descending, ties by lower id), the row's log-sum-exp and the tail's log sums at the
-    // curve's nodes. About one and an eighth reads of the row:
+    // The K largest scores of a row (descending, ties by lower id), the row's log-sum-exp and smallest score, and the
+    // tail's log sums at the curve's nodes. About one and an eighth reads of the row:
     //   1. Maxima of many groups over one vector in SAMPLE. Their K-th largest is a floor: at least K scores reach it.
     //   2. One pass: scores at or above the floor are listed, all others enter the tail's sums (relative to the floor).
     //   3. Exact selection among the listed ones. Those outside the head join the tail.
@@ -20,7 +20,7 @@
     SHARED(uint, best_columns, 256);
     SHARED(uint, maxima, 2 * TG);
     SHARED(uint, state, 4);
-    SHARED(float, partial, 9 * 32);
+    SHARED(float, partial, 10 * 32);
     SHARED_ATOMIC(counts, 2);
     SHARED_ATOMIC(bins, 256);
     if (lid < 2) shared_store(counts[lid], 0u);
@@ -60,6 +60,7 @@
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float node_sums[8];
     float base = LOWEST, far = BOTTOM;  // the tail's largest score is `far`
+    float low = -BOTTOM;                // the row's smallest
     uint listed = 0u;
     for (int turn = 0; turn < 2; turn++) {
         // Below this floor scores are no finite reference (they are masks): all are looked at by their key.
@@ -68,12 +69,14 @@
         const float gate = open ? BOTTOM : key_value(floor_key);
         base = larger(gate, LOWEST);
         far = BOTTOM;
+        low = -BOTTOM;
 #pragma unroll
         for (int n = 0; n < 8; n++) node_sums[n] = 0.0f;
         for (int i = lid; i < lead + V - rest; i += TG) {
             int column = i < lead ? i : i - lead + rest;
             float x[1];
             x[0] = float(in[column]);
+            low = smaller(low, x[0]);
             const int count = 1;
             const int first = column;
 #include "capture_step.metal"
@@ -86,6 +89,7 @@
                 int v = v0 + u * TG;
                 if (v < vectors) {
                     read_scores<W, HINT>(in + lead + v * W, xs + u * W);
+                    low = smaller(low, smallest_of<W>(xs + u * W));
                 } else {
 #pragma unroll
                     for (int j = 0; j < W; j++) xs[u * W + j] = BOTTOM;
@@ -173,7 +177,11 @@
         if (lane == 0) partial[n * 32 + group] = sum;
     }
     far = simd_max(far);
-    if (lane == 0) partial[8 * 32 + group] = far;
+    low = -simd_max(-low);
+    if (lane == 0) {
+        partial[8 * 32 + group] = far;
+        partial[9 * 32 + group] = low;
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lid; i < K; i += TG) {
         uint key = best[i], column = best_columns[i];
@@ -202,5 +210,9 @@
             if (lane == 0) curve[size_t(row) * size_t(NODES) + size_t(n)] = value;
         }
         total += at_one * exp2_fast((reference - top) * LOG2E);
-        if (lane == 0) lse[row] = top + metal::log(total);
+        low = -simd_max(lane < TG / 32 ? -partial[9 * 32 + lane] : BOTTOM);
+        if (lane == 0) {
+            lse[row] = top + metal::log(total);
+            lowest[row] = low;
+        }
     }

@@ -68,6 +68,14 @@ FN float largest_of(const THREAD float* x) {
     return m;
 }
 
+template <int N>
+FN float smallest_of(const THREAD float* x) {
+    float m = x[0];
+#pragma unroll
+    for (int j = 1; j < N; j++) m = smaller(m, x[j]);
+    return m;
+}
+
 template <int POWER, int N>
 FN void add_terms(THREAD Sums& s, const THREAD float (&x)[N], float rate) {
     float hard = 0.0f, soft = 0.0f;

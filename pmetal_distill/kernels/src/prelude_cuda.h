@@ -69,6 +69,7 @@ FN float log2_fast(float x) {
     return y;
 }
 FN float larger(float a, float b) { return fmaxf(a, b); }
+FN float smaller(float a, float b) { return fminf(a, b); }
 
 // Elements before the first one where a vector of W may be read.
 template <int W, typename T>

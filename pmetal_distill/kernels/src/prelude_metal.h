@@ -23,6 +23,7 @@ FN float bits_float(uint x) { return as_type<float>(x); }
 FN float exp2_fast(float x) { return metal::fast::exp2(x); }
 FN float log2_fast(float x) { return metal::fast::log2(x); }
 FN float larger(float a, float b) { return metal::fmax(a, b); }
+FN float smaller(float a, float b) { return metal::fmin(a, b); }
 
 // Elements before the first one where a vector may be read; Apple GPUs read vectors at any element.
 template <int W, typename T>

@@ -58,6 +58,7 @@ FN float bits_float(uint u) {
 FN float exp2_fast(float x) { return ::exp2f(x); }
 FN float log2_fast(float x) { return ::log2f(x); }
 FN float larger(float a, float b) { return ::fmaxf(a, b); }
+FN float smaller(float a, float b) { return ::fminf(a, b); }
 
 // As on CUDA, where vectors must be aligned: the loads below check it.
 template <int W, typename T>
