@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "pipeline.commands.train",
     "init-student": "pipeline.commands.init_student",
     "inspect": "pipeline.commands.inspect",
+    "status": "pipeline.commands.status",
     "verify": "pipeline.commands.verify",
     "repair": "pipeline.commands.repair",
     "push": "pipeline.commands.push",
