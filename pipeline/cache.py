@@ -47,7 +47,7 @@ def run_cache(
     from pmetal_distill.models import load_model
     from pmetal_distill.offline.writer import CacheWriter
 
-    _refuse_used_folder(settings)
+    refuse_used_folder(settings.out, resume=settings.resume)
     if hint := missing_blas():
         console.note(hint)
     teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
@@ -60,7 +60,7 @@ def run_cache(
         f"({data.fill_rate:.0%} full)"
     )
     dataset = describe(settings, teacher, data, spec)
-    with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher)) as writer:
+    with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher.tokenizer)) as writer:
         run = StageOne(settings, teacher, data, writer, console)
         run.write_missing()
     return {**run.summary(), **describe_cache(settings.out)}
@@ -159,12 +159,12 @@ def hidden_layers(settings: CacheSettings, teacher: "LoadedModel") -> tuple[int,
     return tuple(sorted({layer % count for layer in settings.hidden_layers}))
 
 
-def tokenizer_files(teacher: "LoadedModel") -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The teacher's tokenizer files by name, so that a cache can be read without the teacher."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        teacher.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
@@ -187,9 +187,9 @@ def describe_cache(folder: Path) -> dict[str, Any]:
     }
 
 
-def _refuse_used_folder(settings: CacheSettings) -> None:
-    out = settings.out
-    if settings.resume or not out.exists():
+def refuse_used_folder(out: Path, *, resume: bool) -> None:
+    """Raises UsageError if `out` is in use, unless `resume` says that it is meant to be."""
+    if resume or not out.exists():
         return
     if not out.is_dir() or any(out.iterdir()):
         raise UsageError(
