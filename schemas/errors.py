@@ -45,6 +45,10 @@ class CheckpointError(PmetalError):
     """A checkpoint that cannot be written, or that belongs to another run."""
 
 
+class PeerLostError(PmetalError):
+    """A process of a distributed run that no longer answers."""
+
+
 class CacheError(PmetalError):
     """Something about a cache folder."""
 

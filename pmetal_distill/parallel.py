@@ -1,0 +1,112 @@
+"""Several processes on one training or one cache, through MLX's own engine (`mlx.launch`).
+
+Without a launcher the world is one process and nothing is sent. A sum costs one all-reduce of its arrays.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from schemas.errors import PeerLostError
+
+# What mlx.launch sets for its back ends (ring, jaccl, nccl), and what mpirun sets.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes that work together.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+        group: of MLX; None for one process alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: mx.distributed.Group | None = None
+
+    @staticmethod
+    def launched() -> "World":
+        """The world that the launcher has made; one process if there was none.
+
+        Raises:
+            PeerLostError: the others cannot be reached.
+        """
+        if not any(name in os.environ for name in LAUNCHED):
+            return World()
+        with _peers():
+            group = mx.distributed.init(strict=True)
+        return World(group.rank(), group.size(), group) if group.size() > 1 else World()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what one process must write."""
+        return self.rank == 0
+
+    def sum(self, values: mx.array) -> mx.array:
+        """The sum of an array over all processes, evaluated.
+
+        Raises:
+            PeerLostError: one of the others is gone.
+        """
+        if self.group is None:
+            return values
+        mx.eval(values)
+        with _peers():
+            total = mx.distributed.all_sum(values, group=self.group)
+            mx.eval(total)
+        return total
+
+    def mean_gradients(self, gradients: Any, share: float) -> Any:
+        """The weighted mean of a tree of gradients over all processes, evaluated.
+
+        Args:
+            gradients: of this process.
+            share: its weight; those of all processes add up to 1.
+
+        Raises:
+            PeerLostError: one of the others is gone.
+        """
+        if self.group is None:
+            return gradients
+        weighted = tree_map(lambda g: g * (share * self.size), gradients)
+        mx.eval(weighted)
+        with _peers():
+            mean = nn.average_gradients(weighted, self.group)
+            mx.eval(mean)
+        return mean
+
+    def all(self, holds: bool) -> bool:
+        """Whether something holds in every process; also waits for all of them.
+
+        Raises:
+            PeerLostError: one of the others is gone.
+        """
+        return int(self.sum(mx.array(int(holds)))) == self.size
+
+    def any(self, holds: bool) -> bool:
+        """Whether something holds in some process; also waits for all of them.
+
+        Raises:
+            PeerLostError: one of the others is gone.
+        """
+        return int(self.sum(mx.array(int(holds)))) > 0
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"distributed: all processes must answer, found {str(error).strip() or 'one gone'}; "
+            "see why it ended, then run the same command with --resume, with any number of processes"
+        ) from error
