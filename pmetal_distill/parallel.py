@@ -65,24 +65,20 @@ class World:
             mx.eval(total)
         return total
 
-    def mean_gradients(self, gradients: Any, share: float) -> Any:
-        """The weighted mean of a tree of gradients over all processes, evaluated.
-
-        Args:
-            gradients: of this process.
-            share: its weight; those of all processes add up to 1.
+    def sum_gradients(self, gradients: Any) -> Any:
+        """The sum of a tree of gradients over all processes, evaluated; few large messages for many small arrays.
 
         Raises:
             PeerLostError: one of the others is gone.
         """
         if self.group is None:
             return gradients
-        weighted = tree_map(lambda g: g * (share * self.size), gradients)
-        mx.eval(weighted)
+        scaled = tree_map(lambda g: g * self.size, gradients)
+        mx.eval(scaled)
         with _peers():
-            mean = nn.average_gradients(weighted, self.group)
-            mx.eval(mean)
-        return mean
+            total = nn.average_gradients(scaled, self.group)
+            mx.eval(total)
+        return total
 
     def all(self, holds: bool) -> bool:
         """Whether something holds in every process; also waits for all of them.
