@@ -66,7 +66,7 @@ class World:
         return total
 
     def sum_gradients(self, gradients: Any) -> Any:
-        """The sum of a tree of gradients over all processes, evaluated; few large messages for many small arrays.
+        """The sum of a tree of gradients over all processes, evaluated; small arrays travel together.
 
         Raises:
             PeerLostError: one of the others is gone.
