@@ -21,6 +21,8 @@ Loss = Literal[
     "skewed_reverse_kl",
 ]
 
+SERVICES = ("wandb", "swanlab")
+
 
 @dataclass(frozen=True, slots=True)
 class LrSchedule:
@@ -183,7 +185,16 @@ class TrainSettings:
         check_whole(self, "num_layers val_batches", least=-1)
         check_whole(self, "max_seq_len", least=2)
         check(0 <= self.val_share < 1, "val_share", "in [0, 1)", self.val_share)
+        if self.memory_limit_gb is not None:
+            check(self.memory_limit_gb > 0, "memory_limit_gb", "greater than 0", self.memory_limit_gb)
+        for name in self.services:
+            check(name in SERVICES, "report_to", " or ".join(SERVICES), name, "correct the name")
         self._check_source()
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """The names in `report_to`."""
+        return tuple(part.strip().lower() for part in (self.report_to or "").split(",") if part.strip())
 
     def _check_source(self) -> None:
         if (self.cache is None) == (self.teacher is None):

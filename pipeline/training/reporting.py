@@ -62,11 +62,6 @@ class Metrics:
         self._file.close()
 
 
-def services(settings: TrainSettings) -> list[str]:
-    """The names in `report_to`."""
-    return [name.strip().lower() for name in (settings.report_to or "").split(",") if name.strip()]
-
-
 def begin_services(settings: TrainSettings) -> Any:
     """mlx-lm's callback for the services that are asked for; None without any.
 
@@ -75,10 +70,10 @@ def begin_services(settings: TrainSettings) -> Any:
     """
     from pmetal_distill.modelling.callbacks import reporting_callback
 
-    if not (names := services(settings)):
+    if not settings.services:
         return None
     return reporting_callback(
-        names, project_name=settings.project_name, folder=settings.out, config=to_plain(settings)
+        settings.services, project_name=settings.project_name, folder=settings.out, config=to_plain(settings)
     )
 
 

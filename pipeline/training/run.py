@@ -14,7 +14,7 @@ from pipeline.training.config import distill_config
 from pipeline.training.folder import CONFIG, METRICS, RunFolder
 from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
 from pipeline.training.log import RunLog
-from pipeline.training.reporting import Metrics, begin_services, services
+from pipeline.training.reporting import Metrics, begin_services
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Loop
@@ -38,10 +38,10 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         NonFiniteError: the loss or the weights stopped being numbers.
         KeyboardInterrupt: stopped by a signal, behind a checkpoint.
     """
-    if names := services(settings):
+    if settings.services:
         from pmetal_distill.modelling.callbacks import require_services
 
-        require_services(names)
+        require_services(settings.services)
     with RunFolder.open(settings) as folder:
         if (result := folder.result) is not None:
             check_same_settings(deciding_settings(folder.settings()), settings)
