@@ -23,7 +23,7 @@ MAX_TOKENS = 1 << 48
 MAX_SEQUENCE_LENGTH = 1 << 20
 MAX_GROUP_TOKENS = 1 << 22
 MAX_SHARDS = 1 << 24
-MAX_SEQUENCES_PER_SHARD = 1 << 20
+MAX_SEQUENCES_PER_SHARD = 1 << 19  # a record of so many lengths stays below MAX_RECORD_BYTES
 MAX_FILE_BYTES = 1 << 40
 FINGERPRINT_PARTS = ("teacher", "tokenizer", "chat_template", "data", "packing", "codec")
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
@@ -311,4 +311,6 @@ def _lengths(raw: object, dataset: Dataset, *, where: str) -> tuple[int, ...]:
     lengths = group.integers("groups", 1, dataset.max_sequence_length, max_length=dataset.sequences_per_shard)
     if not lengths or sum(lengths) > MAX_GROUP_TOKENS:
         group.fail(f"row groups of 1 to {MAX_GROUP_TOKENS} tokens", sum(lengths))
+    if sum(lengths[:-1]) >= dataset.rows_per_group:
+        group.fail(f"row groups that end at {dataset.rows_per_group} tokens", sum(lengths))
     return lengths

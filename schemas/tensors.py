@@ -15,6 +15,7 @@ from schemas.errors import CorruptionError
 from schemas.strict import Fields, dump_object, parse_object
 
 MAX_HEADER_BYTES = 1 << 20
+_MAX_ITEMS = 1 << 40
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1"}
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 
@@ -56,7 +57,7 @@ def parse_tensors(data: bytes, *, where: str) -> tuple[Arrays, dict[str, str]]:
     body = memoryview(data)[8 + length :]
     tensors, expected = {}, 0
     for name in sorted(header, key=lambda n: _start(header[n])):
-        tensors[name], expected = _tensor(header[name], body, expected, where=f"{where} tensor '{name[:40]}'")
+        tensors[name], expected = _tensor(header[name], body, expected, where=f"{where} tensor {name[:40]!r}")
     if expected != len(body):
         raise CorruptionError(f"{where}: tensors must fill {len(body)} bytes, found {expected}")
     return tensors, metadata
@@ -74,6 +75,8 @@ def _tensor(raw: Any, body: memoryview, expected: int, *, where: str) -> tuple[n
     shape = fields.integers("shape", 0, 1 << 32, max_length=4)
     start, stop = (*fields.integers("data_offsets", 0, len(body), max_length=2), -1, -1)[:2]
     fields.finish()
+    if math.prod(max(size, 1) for size in shape) > _MAX_ITEMS:
+        fields.fail(f"sizes whose product is at most {_MAX_ITEMS}", shape)
     if start != expected or stop - start != math.prod(shape) * dtype.itemsize:
         fields.fail(f"offsets from {expected} spanning shape {shape} of {dtype}", (start, stop))
     return np.frombuffer(body[start:stop], dtype).reshape(shape), stop
