@@ -22,7 +22,14 @@ from schemas.grid import (
     top_logprob,
     truncate_head,
 )
-from schemas.layout import group_columns, id_planes, needed_columns, target_schema
+from schemas.layout import (
+    MAX_GROUP_BYTES,
+    group_columns,
+    id_planes,
+    needed_columns,
+    row_bytes,
+    target_schema,
+)
 from schemas.packing import largest_byte, pack_group, unpack_group
 from schemas.planes import Planes, from_column, join_planes, split_planes, to_column
 from schemas.predictor import SUBSTEPS
@@ -96,6 +103,11 @@ class Codec:
         """Columns of the shard."""
         return target_schema(self.spec, self.basis)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a token takes unpacked and decoded together; what a row group may take is limited."""
+        return row_bytes(self.schema) + 4 * (1 + 2 * self.spec.k + self.spec.num_nodes + self.rank)
+
     def columns(self, *, rank: int | None = None) -> list[str]:
         """Columns that `decode` needs for the leading `rank` coordinates."""
         return needed_columns(self.schema, self.basis, rank)
@@ -114,7 +126,8 @@ def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Tab
         the table and what was clipped.
 
     Raises:
-        IncompatibleError: shapes that do not fit the codec, ids outside the vocabulary.
+        IncompatibleError: shapes that do not fit the codec, ids outside the vocabulary, more rows than a
+            reader takes at once.
         NonFiniteError: NaN or infinity in a trained row.
     """
     _check_input(targets, rows, codec)
@@ -189,6 +202,9 @@ def decode(
 def _check_input(targets: TargetArrays, rows: TokenRows, codec: Codec) -> None:
     spec, n = codec.spec, len(rows)
     wanted = ((n, spec.k), (n, spec.k), (n, spec.num_nodes), (n, codec.rank))
+    if n * codec.row_bytes > MAX_GROUP_BYTES:
+        must = f"a row group must unpack to at most {MAX_GROUP_BYTES} bytes"
+        raise IncompatibleError(f"encode: {must}, found {n} rows of {codec.row_bytes}; use shorter sequences")
     if targets.shapes() != wanted:
         raise IncompatibleError(f"encode: arrays must have shapes {wanted}, found {targets.shapes()}")
     for name, array in (

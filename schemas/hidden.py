@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas.arrays import Bool, Float32
 from schemas.errors import CorruptionError, IncompatibleError, NonFiniteError
 from schemas.hidden_spec import HiddenSpec
+from schemas.layout import MAX_GROUP_BYTES
 from schemas.planes import Planes, from_column, to_column
 from schemas.sidecar import content_name, read_sidecar
 from schemas.tensors import dump_tensors, parse_tensors
@@ -155,9 +156,12 @@ def encode_hidden(states: Layers, loss_mask: Bool, codec: HiddenCodec) -> pa.Tab
     up, so the error is at most scale / 2. float16: nearest.
 
     Raises:
-        IncompatibleError: layers or widths that are not those of the codec.
+        IncompatibleError: layers or widths that are not those of the codec, more rows than a reader takes.
         NonFiniteError: NaN or infinity (or beyond float16) in a trained row.
     """
+    if len(loss_mask) * codec.spec.row_bytes > MAX_GROUP_BYTES:
+        must = f"a layer of a row group must unpack to at most {MAX_GROUP_BYTES} bytes"
+        raise IncompatibleError(f"encode_hidden: {must}, found {len(loss_mask)} rows; use shorter sequences")
     columns: dict[str, Planes] = {}
     for index, layer in enumerate(codec.spec.layers):
         if layer not in states or states[layer].shape != (len(loss_mask), codec.spec.hidden_size):

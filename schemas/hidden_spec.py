@@ -52,6 +52,12 @@ class HiddenSpec:
         """Scales per token and layer."""
         return -(-self.width // self.group_size) if self.encoding == "int8" else 0
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one layer of a token takes unpacked and decoded together."""
+        stored = self.width + 2 * self.num_scales if self.num_scales else 2 * self.width
+        return stored + 4 * (self.hidden_size + self.width)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
         return {

@@ -9,6 +9,7 @@ from schemas.packing import group_width
 from schemas.spec import TargetSpec
 
 TOKEN_COLUMNS = ("seq", "doc", "msk")
+MAX_GROUP_BYTES = 1 << 31
 
 
 def id_planes(vocab_size: int) -> int:
@@ -42,6 +43,11 @@ def target_schema(spec: TargetSpec, basis: SketchBasis | None) -> pa.Schema:
         widths |= dict.fromkeys(group_columns(index, group.levels), group_width(group))
     fields += [pa.field(name, pa.binary(width), nullable=False) for name, width in widths.items()]
     return pa.schema(fields)
+
+
+def row_bytes(schema: pa.Schema) -> int:
+    """Bytes of a stored row before compression, at most."""
+    return sum(t.byte_width if pa.types.is_fixed_size_binary(t) else 4 for t in schema.types)
 
 
 def needed_columns(schema: pa.Schema, basis: SketchBasis | None, rank: int | None) -> list[str]:
