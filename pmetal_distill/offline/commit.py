@@ -8,11 +8,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -20,6 +21,8 @@ from typing import BinaryIO, Self
 from schemas.errors import CacheError, CorruptionError, PmetalError
 
 TMP = "_tmp"
+DATASET = "dataset.json"
+_LOCK_NAME = re.compile(r"[0-9a-f]{32}\.lock")
 _CHUNK = 1 << 20
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
@@ -28,26 +31,39 @@ class Scratch:
     """A private folder under `_tmp/` for the life of a writer, recognisably dead when its process is gone.
 
     A lock file is held with `flock`, which the kernel releases with the process; whoever can take the lock of
-    another scratch knows that its owner is dead and removes it.
+    another scratch knows that its owner is dead and removes it. In a cache it also keeps `repair` out.
+
+    Raises:
+        CorruptionError: `_tmp` is a link, so that cleaning would reach outside `root`.
+        CacheError: a repair is at work on this cache.
     """
 
     def __init__(self, root: Path) -> None:
         tmp = root / TMP
-        tmp.mkdir(exist_ok=True)
-        _clean_dead(tmp)
-        self._lock, self._lock_path = _new_lock(tmp)
-        self.folder = self._lock_path.with_suffix("")
-        self.folder.mkdir()
+        with suppress(FileExistsError):
+            tmp.mkdir()
+        check_folder(tmp)
+        self._guard = guard(root, exclusive=False)
+        try:
+            _clean_dead(tmp)
+            self._lock, self._lock_path = _new_lock(tmp)
+            self.folder = self._lock_path.with_suffix("")
+            self.folder.mkdir()
+        except BaseException:
+            release(self._guard)
+            raise
 
     def path(self, name: str) -> Path:
         """A fresh path in the scratch folder."""
         return self.folder / f"{uuid.uuid4().hex[:8]}-{name}"
 
     def close(self) -> None:
-        """Remove the folder and give up the lock."""
+        """Remove the folder and give up the lock; what a failing disk leaves, the next writer removes."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock_path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
+        release(self._guard)
 
     def __enter__(self) -> Self:
         return self
@@ -70,20 +86,59 @@ def _new_lock(tmp: Path) -> tuple[int, Path]:
 
 
 def _clean_dead(tmp: Path) -> None:
-    for path in tmp.glob("*.lock"):
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+    for path in tmp.iterdir():
+        if _LOCK_NAME.fullmatch(path.name):
+            with suppress(OSError):
+                _remove_if_dead(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def guard(root: Path, *, exclusive: bool) -> int | None:
+    """A lock on a cache that its process holds until `release`: shared by writers, exclusive for a repair.
+
+    Returns:
+        what `release` takes; None where there is no cache yet.
+
+    Raises:
+        CacheError: held in the other way by another process.
+    """
+    try:
+        handle = os.open(
+            root / DATASET, (os.O_RDWR if exclusive else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CacheError(
+            f"{root.name}/{DATASET}: must be a plain usable file, found {error.strerror}"
+        ) from error
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        found = "another process writing or repairing it" if exclusive else "'pmetal-pipeline repair' at work"
+        raise CacheError(
+            f"{root.name}: nobody else must work on the cache, found {found}; wait for it"
+        ) from error
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def release(handle: int | None) -> None:
+    """Give a lock of `guard` back."""
+    if handle is not None:
+        os.close(handle)
 
 
 def flush_file(handle: BinaryIO) -> None:
@@ -164,18 +219,21 @@ def read_plain(path: Path, *, max_bytes: int) -> bytes:
         CorruptionError: as `open_plain`, or larger than `max_bytes`.
     """
     with open_plain(path) as handle:
-        data = handle.read(max_bytes + 1)
-    if len(data) > max_bytes:
+        size = os.fstat(handle.fileno()).st_size
+        data = handle.read(size + 1) if size <= max_bytes else b""
+    if max(size, len(data)) > max_bytes:
         raise CorruptionError(f"{_place(path)}: must be at most {max_bytes} bytes, found more")
     return data
 
 
 def hash_stream(handle: BinaryIO) -> str:
-    """SHA-256 hex of an open file from its start; leaves it rewound."""
+    """SHA-256 hex of an open file from its start to the end it has now; leaves it rewound."""
+    left = handle.seek(0, os.SEEK_END)
     handle.seek(0)
     digest = hashlib.sha256()
-    while chunk := handle.read(_CHUNK):
+    while left > 0 and (chunk := handle.read(min(_CHUNK, left))):
         digest.update(chunk)
+        left -= len(chunk)
     handle.seek(0)
     return digest.hexdigest()
 
@@ -187,7 +245,8 @@ def check_folder(path: Path) -> None:
         CorruptionError: not a real folder.
     """
     if path.is_symlink() or not path.is_dir():
-        raise CorruptionError(f"{_place(path)}: must be a folder inside the cache, found a link or nothing")
+        must = "must be a folder inside the cache"
+        raise CorruptionError(f"{_place(path)}: {must}, found a link, a file or nothing; remove it")
 
 
 @contextmanager

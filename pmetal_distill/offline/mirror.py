@@ -79,7 +79,7 @@ class Mirror:
         data = self.remote.read(_DATASET, max_bytes=MAX_DATASET_BYTES)
         known = self.root / _DATASET
         if not known.exists() or known.read_bytes() != data:
-            for path in (*(self.root / _RECORDS).iterdir(), *(self.root / _SHARDS).iterdir()):
+            for path in (p for f in (_RECORDS, _SHARDS, "tokenizer") for p in (self.root / f).iterdir()):
                 path.unlink(missing_ok=True)
             self._put(known, data)
         self._refresh_records()

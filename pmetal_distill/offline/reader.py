@@ -152,11 +152,9 @@ class LogitCache:
         """The teacher's tokenizer files, after checking their hashes.
 
         Raises:
-            CorruptionError: one of them is missing or changed.
+            CorruptionError: one of them is missing or changed, or there are others.
         """
-        for ref in self.dataset.tokenizer:
-            self.store.checked("tokenizer", ref)
-        return self.store.root / "tokenizer"
+        return self.store.tokenizer()
 
     def bytes_per_token(self) -> dict[str, float]:
         """Bytes on disk by column, over all tokens, and `footers`, `records`, `hidden`, `sidecars`.

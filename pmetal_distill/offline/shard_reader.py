@@ -1,14 +1,15 @@
 """Decoded row groups of a cache, from files whose hash was checked before their first use.
 
 Memory: one decoded row group a call, and the footers of the few files kept open. A file is hashed once per
-content (inode, size, modification time) and process; every page's CRC is checked on every read.
+content (inode, size, modification time) and process; every page's CRC is checked on every read. What footer
+and page headers promise is held against the commit record once per open file, before memory is given for it.
 """
 
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
@@ -16,19 +17,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmetal_distill.offline.commit import check_folder, hash_stream, open_plain
+from pmetal_distill.offline.pages import check_pages
 from pmetal_distill.offline.store import Store
 from schemas.arrays import TargetArrays, TokenRows
 from schemas.codec import Codec, decode
 from schemas.errors import CacheError, CorruptionError
 from schemas.hidden import HiddenCodec, Layers, decode_hidden
+from schemas.layout import MAX_GROUP_BYTES
 from schemas.manifest import CommitRecord, FileRef
 
 MAX_OPEN_FILES = 32
 _SLACK_BYTES = 1 << 16
 _THRIFT_LIMIT = 1 << 24
-OpenFiles = OrderedDict[str, tuple[BinaryIO, pq.ParquetFile]]
-
 _DAMAGE = (OSError, pa.ArrowException, ValueError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenFile:
+    """A shard file whose bytes were checked, and the row groups and columns whose promises were."""
+
+    handle: BinaryIO
+    parquet: pq.ParquetFile
+    sound: set[tuple[int, str]] = field(default_factory=set)
+
+
+OpenFiles = OrderedDict[str, OpenFile]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +79,7 @@ class ShardReader:
         """
         ref = shard.record.targets
         lengths = shard.record.groups[group]
+        _check_size(sum(lengths) * shard.codec.row_bytes, where=f"shards/{ref.name} row group {group}")
         table = self._table(ref, shard, group, shard.codec.schema, shard.codec.columns(rank=rank))
         where = f"shards/{ref.name} row group {group}"
         try:
@@ -89,6 +103,8 @@ class ShardReader:
         ref, codec = shard.record.hidden, shard.hidden
         if ref is None or codec is None:
             raise CacheError(f"shard {shard.record.shard}: has no hidden states")
+        rows = sum(shard.record.groups[group])
+        _check_size(rows * codec.spec.row_bytes, where=f"shards/{ref.name} row group {group}")
         table = self._table(ref, shard, group, codec.schema, codec.columns(layers))
         try:
             return decode_hidden(table, codec, layers)
@@ -105,7 +121,7 @@ class ShardReader:
 
     def metadata(self, ref: FileRef) -> pq.FileMetaData:
         """The footer of a file, after its hash was checked."""
-        return self._file(ref).metadata
+        return self._file(ref).parquet.metadata
 
     def close(self) -> None:
         """Close all files."""
@@ -116,35 +132,40 @@ class ShardReader:
     ) -> pa.Table:
         file = self._file(ref)
         where = f"shards/{ref.name}"
-        check_footer(file, schema, shard.record.groups, where=where)
+        if not file.sound:
+            check_footer(file.parquet, schema, shard.record.groups, where=where)
+        wanted = {(group, name) for name in columns}
+        for _, name in sorted(wanted - file.sound):
+            _check_column(file, schema, group, name, where=where)
+        file.sound.update(wanted)
         try:
-            return file.read_row_group(group, columns=list(columns), use_threads=False)
+            return file.parquet.read_row_group(group, columns=list(columns), use_threads=False)
         except _DAMAGE as error:
             raise CorruptionError(f"{where} row group {group}: must be readable, found {error}") from error
 
-    def _file(self, ref: FileRef) -> pq.ParquetFile:
+    def _file(self, ref: FileRef) -> OpenFile:
         if ref.name in self._open:
             self._open.move_to_end(ref.name)
-            return self._open[ref.name][1]
+            return self._open[ref.name]
         try:
-            handle, file = self._opened(ref)
+            file = self._opened(ref)
         except CorruptionError:
             if self._store.mirror is None:
                 raise
             self._store.mirror.drop("shards", ref)
-            handle, file = self._opened(ref)
-        self._open[ref.name] = (handle, file)
+            file = self._opened(ref)
+        self._open[ref.name] = file
         if len(self._open) > MAX_OPEN_FILES:
-            self._open.popitem(last=False)[1][0].close()
+            self._open.popitem(last=False)[1].handle.close()
         return file
 
-    def _opened(self, ref: FileRef) -> tuple[BinaryIO, pq.ParquetFile]:
+    def _opened(self, ref: FileRef) -> OpenFile:
         self._store.fetch("shards", ref)
         check_folder(self._store.root / "shards")
         handle = open_plain(self._store.root / "shards" / ref.name)
         try:
             self._check_bytes(handle, ref)
-            return handle, open_parquet(handle, where=f"shards/{ref.name}")
+            return OpenFile(handle, open_parquet(handle, where=f"shards/{ref.name}"))
         except BaseException:
             handle.close()
             raise
@@ -165,7 +186,7 @@ class ShardReader:
 
 def _close_all(files: OpenFiles) -> None:
     while files:
-        files.popitem()[1][0].close()
+        files.popitem()[1].handle.close()
 
 
 def file_identity(handle: BinaryIO) -> tuple[int, int, int, int]:
@@ -202,6 +223,8 @@ def check_footer(
         CorruptionError: it does not; nothing was allocated for its pages yet.
     """
     meta = file.metadata
+    if meta.num_row_groups != len(groups):
+        raise CorruptionError(f"{where}: must have {len(groups)} row groups, found {meta.num_row_groups}")
     sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
     if sizes != [sum(g) for g in groups]:
         must = f"row groups must have {[sum(g) for g in groups][:4]}... rows"
@@ -217,3 +240,18 @@ def check_footer(
             if not 0 <= claimed <= num_rows * width + _SLACK_BYTES:
                 must = f"row group {i} column {schema.names[j]} must unpack to {num_rows * width} bytes"
                 raise CorruptionError(f"{where}: {must}, found {claimed}")
+
+
+def _check_column(file: OpenFile, schema: pa.Schema, group: int, name: str, *, where: str) -> None:
+    kind = schema.field(name).type
+    width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0
+    column = schema.get_field_index(name)
+    try:
+        check_pages(file.handle, file.parquet.metadata, group, column, width=width)
+    except CorruptionError as error:
+        raise CorruptionError(f"{where}: {error}") from error
+
+
+def _check_size(num_bytes: int, *, where: str) -> None:
+    if num_bytes > MAX_GROUP_BYTES:
+        raise CorruptionError(f"{where}: must unpack to at most {MAX_GROUP_BYTES} bytes, found {num_bytes}")

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmetal_distill.offline.commit import check_folder, read_plain
+from pmetal_distill.offline.commit import DATASET, check_folder, read_plain
 from pmetal_distill.offline.mirror import Mirror
 from pmetal_distill.offline.remote import is_url
-from schemas.basis import SketchBasis
+from schemas.basis import MAX_RANK, SketchBasis
 from schemas.codebook import Codebook
 from schemas.errors import CorruptionError, UsageError
 from schemas.hidden import HiddenBasis
@@ -21,8 +21,11 @@ from schemas.manifest import (
     checksum_of,
 )
 from schemas.sidecar import MAX_SIDECAR_BYTES
+from schemas.tensors import MAX_HEADER_BYTES
 
-DATASET = "dataset.json"
+__all__ = ["DATASET", "FOLDERS", "SHARD_FILE", "Store"]
+
+MAX_TOKENIZER_BYTES = 1 << 28
 FOLDERS = ("shards", "commits", "bases", "tokenizer")
 SHARD_FILE = re.compile(r"(?:targets|hidden)-(\d{5,8})-[0-9a-f]{16}\.parquet")
 _RECORD_NAME = re.compile(r"(\d{5,8})\.json")
@@ -60,7 +63,7 @@ class Store:
             raise UsageError(f"{root}: must be a cache folder, found no {DATASET}; check the path")
         data = read_plain(path, max_bytes=MAX_DATASET_BYTES)
         dataset = Dataset.from_bytes(data, where=DATASET)
-        for name in FOLDERS[:3]:
+        for name in FOLDERS:
             # Tools that copy a cache may drop empty folders; what is there must be a real folder.
             if name == "commits" or (root / name).is_symlink() or (root / name).exists():
                 check_folder(root / name)
@@ -72,9 +75,13 @@ class Store:
 
     def committed(self) -> list[int]:
         """Shards that have a commit record, ascending."""
-        found = (_RECORD_NAME.fullmatch(p.name) for p in (self.root / "commits").iterdir())
-        numbers = sorted(int(m.group(1)) for m in found if m)
-        return [n for n in numbers if n < self.dataset.num_shards and self.record_path(n).exists()]
+        try:
+            names = {path.name for path in (self.root / "commits").iterdir()}
+        except OSError as error:
+            must = "commits: must be a readable folder"
+            raise CorruptionError(f"{must}, found {error.strerror}; check its permissions") from error
+        numbers = sorted(int(m.group(1)) for name in names if (m := _RECORD_NAME.fullmatch(name)))
+        return [n for n in numbers if n < self.dataset.num_shards and f"{n:05d}.json" in names]
 
     def record(self, shard: int) -> CommitRecord:
         """The commit record of a shard.
@@ -112,7 +119,10 @@ class Store:
         Raises:
             CorruptionError: missing, damaged, or of another vocabulary.
         """
-        basis = SketchBasis.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
+        size = self.dataset.target.vocab_size
+        most = (4 + 2 * MAX_RANK) * size + 8 * MAX_RANK**2 + 2 * MAX_HEADER_BYTES
+        data = self.checked("bases", ref, max_bytes=most)
+        basis = SketchBasis.from_bytes(data, where=f"bases/{ref.name}")
         if basis.vocab_size != self.dataset.target.vocab_size:
             must = f"must have V={self.dataset.target.vocab_size}"
             raise CorruptionError(f"bases/{ref.name}: {must}, found V={basis.vocab_size}")
@@ -124,7 +134,9 @@ class Store:
         Raises:
             CorruptionError: missing, damaged, or of another layout.
         """
-        codebook = Codebook.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
+        most = 4 * self.dataset.target.vocab_size + 2 * MAX_HEADER_BYTES
+        data = self.checked("bases", ref, max_bytes=most)
+        codebook = Codebook.from_bytes(data, where=f"bases/{ref.name}")
         if not codebook.fits(self.dataset.target):
             raise CorruptionError(f"bases/{ref.name}: must have the vocabulary and nodes of the dataset")
         return codebook
@@ -135,22 +147,44 @@ class Store:
         Raises:
             CorruptionError: missing, damaged, or of another layout.
         """
-        basis = HiddenBasis.from_bytes(self.sidecar(ref), where=f"bases/{ref.name}")
-        if self.dataset.hidden is None or not basis.fits(self.dataset.hidden):
+        spec = self.dataset.hidden
+        values = len(spec.layers) * spec.hidden_size * (4 + 2 * spec.rank) if spec else 0
+        data = self.checked("bases", ref, max_bytes=values + 2 * MAX_HEADER_BYTES)
+        basis = HiddenBasis.from_bytes(data, where=f"bases/{ref.name}")
+        if spec is None or not basis.fits(spec):
             raise CorruptionError(f"bases/{ref.name}: must have the layers, width and rank of the dataset")
         return basis
 
-    def checked(self, folder: str, ref: FileRef) -> bytes:
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer's files, which holds what `dataset.json` names and nothing else.
+
+        Raises:
+            CorruptionError: one of them is missing or changed, or there is another.
+        """
+        folder = self.root / "tokenizer"
+        for ref in self.dataset.tokenizer:
+            self.checked("tokenizer", ref, max_bytes=MAX_TOKENIZER_BYTES)
+        for name in self.strange_tokenizer_files():
+            must = "must be named by dataset.json, as a tokenizer takes whatever its folder holds"
+            raise CorruptionError(f"tokenizer/{name}: {must}, found it unnamed; run 'pmetal-pipeline repair'")
+        return folder
+
+    def strange_tokenizer_files(self) -> list[str]:
+        """Names in `tokenizer/` that `dataset.json` does not know, without hidden ones."""
+        folder = self.root / "tokenizer"
+        known = {ref.name for ref in self.dataset.tokenizer}
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return [name for name in there if name not in known and not name.startswith(".")]
+
+    def checked(self, folder: str, ref: FileRef, *, max_bytes: int = MAX_SIDECAR_BYTES) -> bytes:
         """The bytes of a small file in `folder`, checked against size and hash.
 
         Raises:
-            CorruptionError: missing or other bytes than its reference names.
+            CorruptionError: missing, larger than `max_bytes` or other bytes than its reference names.
         """
         where = f"{folder}/{ref.name}"
-        if ref.num_bytes > MAX_SIDECAR_BYTES:
-            raise CorruptionError(
-                f"{where}: must be at most {MAX_SIDECAR_BYTES} bytes, found {ref.num_bytes}"
-            )
+        if ref.num_bytes > (most := min(max_bytes, MAX_SIDECAR_BYTES)):
+            raise CorruptionError(f"{where}: must be at most {most} bytes, found {ref.num_bytes}")
         data = self._read(folder, ref)
         if self.mirror and hashlib.sha256(data).hexdigest() != ref.sha256:
             self.mirror.drop(folder, ref)

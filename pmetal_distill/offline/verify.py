@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pmetal_distill.offline.commit import hash_stream, open_plain
 from pmetal_distill.offline.invariants import broken_rows, unclean_masked_row
-from pmetal_distill.offline.shard_reader import Shard, ShardReader
-from pmetal_distill.offline.store import Store
+from pmetal_distill.offline.mending import recorded_checksum
+from pmetal_distill.offline.shard_reader import Shard, ShardReader, file_identity
+from pmetal_distill.offline.store import DATASET, MAX_TOKENIZER_BYTES, Store
 from schemas.codec import Codec
 from schemas.errors import CacheError, CorruptionError
 from schemas.hidden import HiddenCodec
 from schemas.manifest import CommitRecord
 
+MAX_MISSING = 1000
 Kind = Literal["damage", "missing", "orphan"]
 
 
@@ -76,29 +79,61 @@ def verify_cache(path: Path | str, *, progress: Callable[[int, int], None] | Non
     report = VerifyReport()
     report.findings += _check_tokenizer(store)
     done = store.committed()
+    if foreign := _foreign(store, done):
+        report.findings.append(foreign)
+        return report
     named: set[str] = set()
     for count, shard in enumerate(done):
         report.findings += _check_shard(store, shard, report, named)
         if progress:
             progress(count + 1, len(done))
-    for shard in sorted(set(range(store.dataset.num_shards)) - set(done)):
-        message = "must exist in a complete cache, found none; run 'pmetal-pipeline cache --resume'"
-        report.findings.append(Finding("missing", f"commits/{shard:05d}.json", message, shard))
+    report.findings += _missing(store.dataset.num_shards, done)
     report.findings += _check_orphans(store, named)
     if report.ok and report.tokens != store.dataset.num_tokens:
         message = (
             f"num_tokens must be the sum over the shards, {report.tokens}, found {store.dataset.num_tokens}"
         )
-        report.findings.append(Finding("damage", "dataset.json", message))
+        report.findings.append(Finding("damage", DATASET, message))
     return report
+
+
+def _foreign(store: Store, done: list[int]) -> Finding | None:
+    """`dataset.json` and not the records is wrong when no record belongs to it and all to another."""
+    for shard in done:
+        try:
+            store.record(shard)
+        except CacheError:
+            continue
+        return None
+    named = recorded_checksum(store.root / "commits")
+    if named is None or named == store.checksum:
+        return None
+    message = f"must be the dataset {named[:16]} that the commit records name, found {store.checksum[:16]}"
+    return Finding("damage", DATASET, f"{message}; restore it from a copy")
+
+
+def _missing(num_shards: int, done: list[int]) -> Iterator[Finding]:
+    """A finding for each missing shard, up to a number: a dataset may promise 16 million."""
+    present = set(done)
+    absent = (shard for shard in range(num_shards) if shard not in present)
+    must = "must exist in a complete cache, found none"
+    advice = "run 'pmetal-pipeline cache --resume'"
+    for shard in islice(absent, MAX_MISSING):
+        yield Finding("missing", f"commits/{shard:05d}.json", f"{must}; {advice}", shard)
+    left = num_shards - len(done) - MAX_MISSING
+    if left > 0:
+        yield Finding("missing", "commits", f"{must} of {left:,} more shards; {advice}")
 
 
 def _check_tokenizer(store: Store) -> Iterator[Finding]:
     for ref in store.dataset.tokenizer:
         try:
-            store.checked("tokenizer", ref)
+            store.checked("tokenizer", ref, max_bytes=MAX_TOKENIZER_BYTES)
         except CorruptionError as error:
             yield Finding("damage", f"tokenizer/{ref.name}", str(error))
+    for name in store.strange_tokenizer_files():
+        must = "must be named by dataset.json, as a tokenizer takes whatever its folder holds"
+        yield Finding("damage", f"tokenizer/{name}", f"{must}; run 'pmetal-pipeline repair'")
 
 
 def _check_shard(store: Store, shard: int, report: VerifyReport, named: set[str]) -> Iterator[Finding]:
@@ -139,12 +174,14 @@ def _check_hashes(store: Store, record: CommitRecord) -> Iterator[Finding]:
         path = f"shards/{ref.name}"
         try:
             with open_plain(store.root / path) as handle:
-                found = hash_stream(handle)
+                size = file_identity(handle)[2]
+                found = hash_stream(handle) if size == ref.num_bytes else f"{size} bytes"
         except CorruptionError as error:
             yield Finding("damage", path, str(error), record.shard)
             continue
         if found != ref.sha256:
-            message = f"must have SHA-256 {ref.sha256[:16]}, found {found[:16]}; run 'pmetal-pipeline repair'"
+            must = f"must have {ref.num_bytes} bytes with SHA-256 {ref.sha256[:16]}"
+            message = f"{must}, found {found[:16]}; run 'pmetal-pipeline repair'"
             yield Finding("damage", path, message, record.shard)
 
 

@@ -93,10 +93,9 @@ def test_single_bit_flips_are_caught_by_reader_and_verify_and_repaired(folder, p
                 pytest.fail(f"bit {bit} of {name} was not noticed")
             if name == "dataset.json":
                 with pytest.raises(CacheError, match=r"dataset\.json"):
-                    repair_cache(folder)
-                flip(folder / name, int(bit))
-                continue
-            assert any(name in message for message in messages(folder)), name
+                    verify_cache(folder)
+            else:
+                assert any(name in message for message in messages(folder)), name
             repair_cache(folder)
             restore(folder)
             assert contents(folder) == contents(pristine)
