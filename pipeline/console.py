@@ -5,12 +5,15 @@ stderr.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Progress(Protocol):
@@ -83,7 +86,7 @@ class Console:
     def note(self, text: str) -> None:
         """A remark for the person watching, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, label: str, *, total: float, unit: str) -> Iterator[Progress]:
@@ -126,7 +129,12 @@ class Console:
         if self.as_json:
             print(json.dumps(data, indent=2, sort_keys=False, default=str))
         else:
-            print(text if text is not None else aligned(data.items()))
+            print(printable(text if text is not None else aligned(data.items())))
+
+
+def printable(text: str) -> str:
+    """Text of strangers without the characters that a terminal obeys or that reorder a line."""
+    return _OBEYED.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def aligned(pairs: Any) -> str:
