@@ -29,7 +29,7 @@ class Captured(NamedTuple):
         ids: int32 [n, k], columns of the k largest logits in descending order, ties by lower id.
         scores: float32 [n, k], their logits.
         lse: float32 [n], ln sum exp of the row; NaN or infinite if the row holds NaN or +infinity.
-        lowest: float32 [n], the row's smallest logit, NaN aside: -infinity if one is there, which `lse` hides.
+        lowest: float32 [n], the row's smallest logit, NaN aside. -infinity shows here only, not in `lse`.
         curve: float32 [n, m], ln sum over the tail of exp(b (z_j - z_ref)) at each node b, z_ref the smallest
             head logit. Where the sum underflows float32, its largest term.
     """

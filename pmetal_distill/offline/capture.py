@@ -1,12 +1,13 @@
 """Capture: teacher logits -> exact head, tail curve and sketch coordinates. On the CPU 0.15 ms a token.
 
-On a GPU the row kernel does it (`kernels.capture`). On the CPU NumPy reads the logits of MLX in place, a row
-at a time, so that all passes over a row hit the processor's cache: the top k from maxima of strided groups,
-and all nodes of the curve as products of powers of one exponential. `python benchmarks/fidelity.py` times it.
+On a GPU the row kernel does it (`kernels.capture`), queued behind the head's products, and one array comes
+back for all rows. On the CPU NumPy reads the logits of MLX in place, a row at a time, so that all passes over
+a row hit the processor's cache: the top k from maxima of strided groups, and all nodes of the curve as
+products of powers of one exponential. `python benchmarks/fidelity.py` times it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -20,6 +21,8 @@ from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
 
 Rows = mx.array | npt.NDArray[Any]
+Place = Callable[[int], str]
+_TF32_BITS = np.uint32(0xFFFFE000)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +38,7 @@ class CoordinateMap:
     source: Literal["hidden", "logits"]
     projection: Float32
     offset: Float32
+    _device: dict[str, mx.array] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -43,13 +47,31 @@ class CoordinateMap:
 
     def coordinates(self, hidden: Rows | None, logits: Rows | None) -> Float32:
         """Coordinates [n, r] of hidden states [n, d] or logits [n, V], whichever `source` says."""
+        rows = as_numpy(self._chosen(hidden, logits))
+        return np.asarray(rows @ self.projection.T + self.offset, np.float32)
+
+    def queued(self, hidden: mx.array | None, logits: mx.array | None) -> mx.array:
+        """The same on the device.
+
+        Products of float32 may run with the 11 digits of TF32 there, so the projection goes in as two parts
+        of 11 digits each. (Half-precision rows have no more; float32 rows are rounded like the logits were.)
+        """
+        rows = self._chosen(hidden, logits)
+        if not self._device:
+            high = (self.projection.view(np.uint32) & _TF32_BITS).view(np.float32)
+            parts = np.concatenate([high, self.projection - high])
+            self._device.update(parts=mx.array(parts), offset=mx.array(self.offset))
+        product: mx.array = rows.astype(mx.float32) @ self._device["parts"].T
+        return product[:, : self.rank] + product[:, self.rank :] + self._device["offset"]
+
+    def _chosen(self, hidden: Any, logits: Any) -> Any:
         rows = hidden if self.source == "hidden" else logits
         if rows is None or rows.shape[-1] != self.projection.shape[1]:
             found = "none" if rows is None else str(rows.shape)
             raise IncompatibleError(
                 f"capture: the sketch needs {self.source} [n, {self.projection.shape[1]}], found {found}"
             )
-        return np.asarray(as_numpy(rows) @ self.projection.T + self.offset, np.float32)
+        return rows
 
 
 def capture(
@@ -73,16 +95,12 @@ def capture(
         NonFiniteError: NaN or infinity in a row (names it).
         IncompatibleError: rows that do not fit `spec` or `sketch`.
     """
-    if logits.ndim != 2 or logits.shape[1] != spec.vocab_size:
-        raise IncompatibleError(f"capture: logits must be [n, {spec.vocab_size}], found {logits.shape}")
-    if isinstance(logits, mx.array) and mx.default_device().type != mx.DeviceType.cpu:
-        head = _on_device(logits, spec, first_row)
-    else:
-        head = RowCapture(spec).rows(as_numpy(logits), first_row=first_row)
-    num_rows = len(head[0])
-    coordinates = sketch.coordinates(hidden, logits) if sketch else np.zeros((num_rows, 0), np.float32)
-    _require_finite(coordinates, first_row)
-    return TargetArrays(*head, coordinates)
+    _check_logits(logits, spec)
+    if isinstance(logits, mx.array) and on_gpu():
+        states = None if hidden is None else mx.array(hidden)
+        queued = _queued(logits, states, spec, sketch)
+        return _received(queued, spec, lambda row: f"capture row {first_row + row}")
+    return _on_host(logits, hidden, spec, sketch, lambda row: f"capture row {first_row + row}")
 
 
 def capture_hidden(
@@ -104,14 +122,71 @@ def capture_hidden(
     Raises:
         NonFiniteError, IncompatibleError: as in `capture`.
     """
-    parts = []
-    for start in range(0, hidden.shape[0], chunk):
-        states = hidden[start : start + chunk]
-        logits = logits_of(states if isinstance(states, mx.array) else mx.array(states))
-        parts.append(capture(logits, spec, hidden=states, sketch=sketch, first_row=start))
-    if parts:
-        return TargetArrays.concatenate(parts)
-    return TargetArrays.empty(0, k=spec.k, num_nodes=spec.num_nodes, rank=sketch.rank if sketch else 0)
+    return PendingCapture(mx.array(hidden), logits_of, spec, sketch=sketch, chunk=chunk).result()
+
+
+class PendingCapture:
+    """A `capture_hidden` that a GPU works on while the caller does something else.
+
+    On a GPU the whole of it is queued at once, and `result` waits for it; on the CPU, whose cores the forward
+    pass keeps busy anyway, `result` does the work. Takes the arguments of `capture_hidden`, and `place`:
+    number of a row -> its name for messages.
+    """
+
+    def __init__(
+        self,
+        hidden: mx.array,
+        logits_of: Callable[[mx.array], mx.array],
+        spec: TargetSpec,
+        *,
+        sketch: CoordinateMap | None = None,
+        chunk: int = 256,
+        place: Place = "capture row {}".format,
+    ) -> None:
+        self._hidden = hidden
+        self._logits_of = logits_of
+        self._spec = spec
+        self._sketch = sketch
+        self._chunk = chunk
+        self._place = place
+        self._queued = [self._queue(start) for start in self._starts()] if on_gpu() else []
+
+    def result(self) -> TargetArrays:
+        """The targets; call it once.
+
+        Raises:
+            NonFiniteError, IncompatibleError: as in `capture`.
+        """
+        rank = self._sketch.rank if self._sketch else 0
+        if not len(self._hidden):
+            return TargetArrays.empty(0, k=self._spec.k, num_nodes=self._spec.num_nodes, rank=rank)
+        if self._queued:
+            return _received(mx.concatenate(self._queued), self._spec, self._place)
+        return TargetArrays.concatenate([self._on_host(start) for start in self._starts()])
+
+    def _starts(self) -> range:
+        return range(0, len(self._hidden), self._chunk)
+
+    def _logits(self, start: int) -> tuple[mx.array, mx.array]:
+        states = self._hidden[start : start + self._chunk]
+        logits = self._logits_of(states)
+        _check_logits(logits, self._spec)
+        return states, logits
+
+    def _queue(self, start: int) -> mx.array:
+        states, logits = self._logits(start)
+        queued = _queued(logits, states, self._spec, self._sketch)
+        mx.async_eval(queued)
+        return queued
+
+    def _on_host(self, start: int) -> TargetArrays:
+        states, logits = self._logits(start)
+        return _on_host(logits, states, self._spec, self._sketch, lambda row: self._place(start + row))
+
+
+def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU, so that work is queued and NumPy only gets results."""
+    return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def as_numpy(rows: Rows) -> npt.NDArray[np.float32]:
@@ -121,22 +196,53 @@ def as_numpy(rows: Rows) -> npt.NDArray[np.float32]:
     return np.asarray(rows, np.float32)
 
 
-def _on_device(
-    logits: mx.array, spec: TargetSpec, first_row: int
-) -> tuple[npt.NDArray[np.int32], Float32, Float32]:
+def _check_logits(logits: Rows, spec: TargetSpec) -> None:
+    if logits.ndim != 2 or logits.shape[1] != spec.vocab_size:
+        raise IncompatibleError(f"capture: logits must be [n, {spec.vocab_size}], found {logits.shape}")
+
+
+def _on_host(
+    logits: Rows, hidden: Rows | None, spec: TargetSpec, sketch: CoordinateMap | None, place: Place
+) -> TargetArrays:
+    head = RowCapture(spec).rows(as_numpy(logits), place=place)
+    coordinates = sketch.coordinates(hidden, logits) if sketch else np.zeros((len(head[0]), 0), np.float32)
+    _require_finite(np.asarray(np.isfinite(coordinates).all(axis=1)), place)
+    return TargetArrays(*head, coordinates)
+
+
+def _queued(
+    logits: mx.array, hidden: mx.array | None, spec: TargetSpec, sketch: CoordinateMap | None
+) -> mx.array:
+    """All that is captured as one array, int32 [n, 2 k + m + r + 2]: one copy brings it to the host.
+
+    Columns: ids; bits of the head's log-probabilities, the curve and the coordinates; whether the logits and
+    whether the coordinates are finite.
+    """
     found = capture_on_device(logits, k=spec.k, nodes=spec.curve_nodes)
-    finite = mx.isfinite(found.lse) & mx.isfinite(found.lowest)
-    mx.eval(found, finite)
-    ok = np.array(finite)
-    if not ok.all():
-        raise non_finite(first_row + int(ok.argmin()))
-    return np.array(found.ids), np.array(found.scores - found.lse[:, None]), np.array(found.curve)
+    columns = [found.ids, found.scores - found.lse[:, None], found.curve]
+    finite = [mx.isfinite(found.lse) & mx.isfinite(found.lowest)]
+    if sketch is not None:
+        columns.append(sketch.queued(hidden, logits))
+        finite.append(mx.isfinite(columns[-1]).all(axis=-1))
+    bits = [column if column.dtype == mx.int32 else column.view(mx.int32) for column in columns]
+    checks = [mx.stack([finite[0], finite[-1]], axis=-1).astype(mx.int32)]
+    return mx.concatenate([*bits, *checks], axis=-1)
 
 
-def _require_finite(coordinates: Float32, first_row: int) -> None:
-    ok = np.isfinite(coordinates).all(axis=1)
+def _received(queued: mx.array, spec: TargetSpec, place: Place) -> TargetArrays:
+    """Targets from what `_queued` makes; waits for it. The parts share one array."""
+    bits = np.array(queued)
+    values = bits.view(np.float32)
+    if not bits[:, -2].all():
+        raise non_finite(place(int(bits[:, -2].argmin())))
+    _require_finite(bits[:, -1], place)
+    k, end = spec.k, 2 * spec.k + spec.num_nodes
+    return TargetArrays(bits[:, :k], values[:, k : 2 * k], values[:, 2 * k : end], values[:, end:-2])
+
+
+def _require_finite(ok: npt.NDArray[Any], place: Place) -> None:
     if not ok.all():
         raise NonFiniteError(
-            f"capture row {first_row + int(ok.argmin())}: hidden states must be finite; "
+            f"{place(int(ok.argmin()))}: hidden states must be finite; "
             "see that the teacher's weights are whole and that it runs in a wide enough type"
         )

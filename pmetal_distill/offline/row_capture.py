@@ -3,6 +3,8 @@
 A row and its scratch stay in the processor's second-level cache through all passes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,8 +31,14 @@ class RowCapture:
         self._scratch = np.empty((8, spec.vocab_size), np.float32)
         self._ones = np.ones(spec.vocab_size, np.float32)
 
-    def rows(self, logits: npt.NDArray[np.float32], *, first_row: int = 0) -> tuple[Int32, Float32, Float32]:
+    def rows(
+        self, logits: npt.NDArray[np.float32], *, place: Callable[[int], str] = "capture row {}".format
+    ) -> tuple[Int32, Float32, Float32]:
         """Head ids [n, k], head log-probabilities [n, k] and curve [n, m] of logits [n, V].
+
+        Args:
+            logits: of the rows.
+            place: number of a row -> its name for messages.
 
         Raises:
             NonFiniteError: NaN or infinity in a row.
@@ -43,7 +51,7 @@ class RowCapture:
         for i, row in enumerate(logits):
             top = top_ids(row, min(spec.k + 1, spec.vocab_size))
             if not _is_finite(row):
-                raise non_finite(first_row + i)
+                raise non_finite(place(i))
             ids[i] = top[: spec.k]
             scores[i] = row[ids[i]]
             if spec.num_nodes:
@@ -89,10 +97,10 @@ class RowCapture:
         return float(np.dot(product, factors[-1]))
 
 
-def non_finite(row: int) -> NonFiniteError:
+def non_finite(place: str) -> NonFiniteError:
     """The error of a row of logits that is not finite."""
     return NonFiniteError(
-        f"capture row {row}: logits must be finite, found NaN or infinity; "
+        f"{place}: logits must be finite, found NaN or infinity; "
         "see that the teacher's weights are whole and that it runs in a wide enough type"
     )
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmetal_distill.offline.capture import CoordinateMap, _on_device, capture, capture_hidden
+from pmetal_distill.offline.capture import (
+    CoordinateMap,
+    PendingCapture,
+    _queued,
+    _received,
+    capture,
+    capture_hidden,
+)
 from pmetal_distill.offline.row_capture import top_ids
 from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
@@ -149,19 +156,73 @@ def test_top_ids_with_ties(length, count, seed, distinct):
     np.testing.assert_array_equal(top_ids(row, count), np.lexsort((np.arange(length), -row))[:count])
 
 
-def test_the_device_path_gives_the_same():
-    logits = mx.random.normal((6, 3000), key=mx.random.key(1)) * 4
-    spec = TargetSpec(3000, 16, "bucket", NODES)
-    ids, logprobs, curve = _on_device(logits, spec, 0)
-    wanted = reference(np.array(logits), spec)
-    np.testing.assert_array_equal(ids, wanted[0])
-    np.testing.assert_allclose(logprobs, wanted[1], rtol=1e-6, atol=2e-5)
-    np.testing.assert_allclose(curve, wanted[2], rtol=1e-6, atol=2e-5)
+def on_device(logits, spec, *, hidden=None, sketch=None):
+    """The path that GPUs take, here through plain operations on the CPU."""
+    states = None if hidden is None else mx.array(hidden)
+    return _received(_queued(mx.array(logits), states, spec, sketch), spec, "row {}".format)
+
+
+@pytest.mark.parametrize("tail", ["none", "bucket"])
+def test_the_device_path_gives_the_same(tail):
+    logits = np.array(mx.random.normal((6, 3000), key=mx.random.key(1)) * 4)
+    spec = TargetSpec(3000, 16, tail, NODES)
+    found = on_device(logits, spec)
+    wanted = reference(logits, spec)
+    np.testing.assert_array_equal(found.head_ids, wanted[0])
+    np.testing.assert_allclose(found.head_logprobs, wanted[1], rtol=1e-6, atol=2e-5)
+    np.testing.assert_allclose(found.tail_curve, wanted[2], rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("source", ["hidden", "logits"])
+def test_coordinates_on_the_device_are_the_same(source):
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(7, 12)).astype(np.float32)
+    logits = rng.normal(size=(7, 300)).astype(np.float32)
+    width = 12 if source == "hidden" else 300
+    sketch = CoordinateMap(
+        source, rng.normal(size=(5, width)).astype(np.float32), np.arange(5, dtype=np.float32)
+    )
+    spec = TargetSpec(300, 8, "sketch", NODES)
+    found = on_device(logits, spec, hidden=hidden, sketch=sketch)
+    rows = hidden if source == "hidden" else logits
+    exact = rows.astype(np.float64) @ sketch.projection.T.astype(np.float64) + np.arange(5)
+    np.testing.assert_allclose(found.coordinates, exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.head_ids, capture(logits, spec).head_ids)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_the_device_path_names_bad_rows(bad):
     logits = np.zeros((4, 1000), np.float32)
     logits[3, 17] = bad
-    with pytest.raises(NonFiniteError, match="row 8: logits must be finite"):
-        _on_device(mx.array(logits), TargetSpec(1000, 8, "bucket", NODES), 5)
+    with pytest.raises(NonFiniteError, match="row 3: logits must be finite"):
+        on_device(logits, TargetSpec(1000, 8, "bucket", NODES))
+    sketch = CoordinateMap("hidden", np.ones((2, 5), np.float32), np.zeros(2, np.float32))
+    hidden = np.zeros((4, 5), np.float32)
+    hidden[2, 1] = bad
+    with pytest.raises(NonFiniteError, match="row 2: hidden states must be finite"):
+        on_device(np.zeros((4, 1000)), TargetSpec(1000, 8, "sketch", NODES), hidden=hidden, sketch=sketch)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_pending_captures_are_those_of_all_rows_at_once(gpu, monkeypatch):
+    monkeypatch.setattr("pmetal_distill.offline.capture.on_gpu", lambda: gpu)
+    rng = np.random.default_rng(6)
+    weight = mx.array(rng.normal(size=(300, 12)).astype(np.float32))
+    hidden = rng.normal(size=(11, 12)).astype(np.float32)
+    spec = TargetSpec(300, 8, "bucket", NODES)
+
+    def pending(states):
+        return PendingCapture(
+            mx.array(states), lambda h: h @ weight.T, spec, chunk=4, place="token {}".format
+        )
+
+    found = [pending(hidden), pending(hidden[:2])]
+    whole = capture(hidden @ np.array(weight).T, spec)
+    for one, wanted in zip(found, (whole, whole[:2]), strict=True):
+        got = one.result()
+        np.testing.assert_array_equal(got.head_ids, wanted.head_ids)
+        np.testing.assert_allclose(got.head_logprobs, wanted.head_logprobs, atol=2e-5)
+        np.testing.assert_allclose(got.tail_curve, wanted.tail_curve, atol=2e-5)
+    hidden[9] = np.nan
+    with pytest.raises(NonFiniteError, match="token 9: logits must be finite"):
+        pending(hidden).result()
