@@ -1,10 +1,9 @@
 """The Parquet files of one shard: written a row group at a time, flushed, read back with CRCs and compared.
 
-Memory: one row group (about 4,096 tokens), whatever the size of the shard.
+Memory: the row group at hand (about 4,096 tokens), whatever the size of the shard.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,37 +38,121 @@ class ShardFiles:
     saturation: Saturation
 
 
-def write_shard_files(
-    scratch: Scratch,
-    sequences: Iterable[Numbered],
-    codec: Codec,
-    hidden: HiddenCodec | None,
-    dataset: Dataset,
-) -> ShardFiles:
-    """Write the target file and, with `hidden`, the hidden-state file of one shard.
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedGroup:
+    """A row group as it is going to be stored.
 
-    Raises:
-        IncompatibleError: a sequence that does not fit.
-        CorruptionError: a file did not read back as written.
+    Attributes:
+        lengths: tokens of its sequences.
+        targets, hidden: tables.
+        saturation: what was clipped.
     """
-    targets = _ParquetFile(scratch.path("targets.parquet"), codec.schema)
-    states = _ParquetFile(scratch.path("hidden.parquet"), hidden.schema) if hidden else None
-    groups, saturation = [], Saturation()
-    try:
-        for group in _row_groups(sequences, dataset.rows_per_group):
-            arrays, rows = _stack(group)
-            table, clipped = encode(arrays, rows, codec)
-            saturation += clipped
-            targets.write(table)
-            if hidden and states:
-                states.write(encode_hidden(_stack_hidden(group, hidden), rows.loss_mask, hidden))
-            groups.append(tuple(len(s.token_ids) for _, s in group))
-        written = targets.finish()
-        return ShardFiles(written, states.finish() if states else None, tuple(groups), saturation)
-    finally:
-        targets.abandon()
-        if states:
-            states.abandon()
+
+    lengths: tuple[int, ...]
+    targets: pa.Table
+    hidden: pa.Table | None
+    saturation: Saturation
+
+
+class RowGroups:
+    """Cuts the sequences of one shard into row groups, as they come.
+
+    Whole sequences go into a group until it has `rows_per_group` tokens.
+    """
+
+    def __init__(self, shard: int, dataset: Dataset) -> None:
+        self._shard = shard
+        self._numbers = dataset.shard_range(shard)
+        self._dataset = dataset
+        self._count = self._size = 0
+        self._group: list[Numbered] = []
+
+    def add(self, sequence: "CapturedSequence") -> list[Numbered]:
+        """Takes the next sequence; the group that it completes, else an empty list.
+
+        Raises:
+            IncompatibleError: one too many, or too long.
+        """
+        length, most = len(sequence.token_ids), self._dataset.max_sequence_length
+        if self._count == len(self._numbers):
+            raise IncompatibleError(f"shard {self._shard}: must have {self._count} sequences, found more")
+        number = self._numbers[self._count]
+        if not 1 <= length <= most:
+            must = f"must have 1 to {most} tokens"
+            raise IncompatibleError(f"shard {self._shard} sequence {number}: {must}, found {length}")
+        self._group.append((number, sequence))
+        self._count += 1
+        self._size += length
+        return self._taken() if self._size >= self._dataset.rows_per_group else []
+
+    def rest(self) -> list[Numbered]:
+        """What is left at the end, perhaps nothing.
+
+        Raises:
+            IncompatibleError: too few sequences have come.
+        """
+        if self._count != len(self._numbers):
+            must = f"must have {len(self._numbers)} sequences"
+            raise IncompatibleError(f"shard {self._shard}: {must}, found {self._count}")
+        return self._taken()
+
+    def _taken(self) -> list[Numbered]:
+        group, self._group, self._size = self._group, [], 0
+        return group
+
+
+class ShardDraft:
+    """The files of one shard while they are written. `encode` may run on several threads at once.
+
+    Args:
+        scratch: where the files go.
+        codec, hidden: layouts and sidecars.
+    """
+
+    def __init__(self, scratch: Scratch, codec: Codec, hidden: HiddenCodec | None) -> None:
+        self._codec, self._hidden = codec, hidden
+        self._targets = _ParquetFile(scratch.path("targets.parquet"), codec.schema)
+        self._states = _ParquetFile(scratch.path("hidden.parquet"), hidden.schema) if hidden else None
+        self._groups: list[tuple[int, ...]] = []
+        self._saturation = Saturation()
+
+    def encode(self, group: list[Numbered]) -> EncodedGroup:
+        """The tables of a row group; touches nothing else.
+
+        Raises:
+            IncompatibleError: a sequence that does not fit.
+            NonFiniteError: NaN or infinity in a trained row.
+        """
+        arrays, rows = _stack(group)
+        table, clipped = encode(arrays, rows, self._codec)
+        states = None
+        if self._hidden:
+            states = encode_hidden(_stack_hidden(group, self._hidden), rows.loss_mask, self._hidden)
+        return EncodedGroup(tuple(len(s.token_ids) for _, s in group), table, states, clipped)
+
+    def write(self, group: EncodedGroup) -> None:
+        """Appends a row group."""
+        self._targets.write(group.targets)
+        if self._states and group.hidden:
+            self._states.write(group.hidden)
+        self._groups.append(group.lengths)
+        self._saturation += group.saturation
+
+    def finish(self) -> ShardFiles:
+        """Flushes the files, reads them back, hashes them.
+
+        Raises:
+            CorruptionError: a file did not read back as written.
+        """
+        written = self._targets.finish()
+        states = self._states.finish() if self._states else None
+        return ShardFiles(written, states, tuple(self._groups), self._saturation)
+
+    def abandon(self) -> None:
+        """Lets go of unfinished files; the scratch folder takes them with it when it ends."""
+        self._targets.abandon()
+        if self._states:
+            self._states.abandon()
 
 
 class _ParquetFile:
@@ -133,23 +216,9 @@ def table_digest(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _row_groups(sequences: Iterable[Numbered], rows_per_group: int) -> Iterator[list[Numbered]]:
-    """Whole sequences until they reach `rows_per_group` tokens."""
-    group: list[Numbered] = []
-    size = 0
-    for number, sequence in sequences:
-        group.append((number, sequence))
-        size += len(sequence.token_ids)
-        if size >= rows_per_group:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
 def _stack(group: list[Numbered]) -> tuple[TargetArrays, TokenRows]:
     for number, s in group:
-        shapes = {s.token_ids.shape, s.documents.shape, s.loss_mask.shape, s.targets.leading}
+        shapes = {s.token_ids.shape, s.documents.shape, s.loss_mask.shape}
         if shapes != {(len(s.token_ids),)}:
             raise IncompatibleError(f"sequence {number}: all arrays must have one length, found {shapes}")
     lengths = [len(s.token_ids) for _, s in group]
@@ -159,7 +228,21 @@ def _stack(group: list[Numbered]) -> tuple[TargetArrays, TokenRows]:
         np.concatenate([s.documents for _, s in group]).astype(np.int32),
         np.concatenate([s.loss_mask for _, s in group]).astype(np.bool_),
     )
-    return TargetArrays.concatenate([s.targets for _, s in group]), rows
+    return TargetArrays.concatenate([_spelled_out(number, s) for number, s in group]), rows
+
+
+def _spelled_out(number: int, sequence: "CapturedSequence") -> TargetArrays:
+    """Targets of every position, zeros where there are none because the position is not trained."""
+    targets, mask = sequence.targets, sequence.loss_mask
+    if targets.leading == mask.shape:
+        return targets
+    if targets.leading != (int(mask.sum()),):
+        must = f"targets must be those of all {len(mask)} positions or of the {mask.sum()} trained ones"
+        raise IncompatibleError(f"sequence {number}: {must}, found {targets.leading}")
+    whole = TargetArrays.empty(len(mask), k=targets.k, num_nodes=targets.num_nodes, rank=targets.rank)
+    for empty, part in zip(whole.parts(), targets.parts(), strict=True):
+        empty[mask] = part
+    return whole
 
 
 def _stack_hidden(group: list[Numbered], codec: HiddenCodec) -> dict[int, np.ndarray]:

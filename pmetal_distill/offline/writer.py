@@ -4,7 +4,7 @@ A shard becomes part of the cache when its commit record appears, which happens 
 encoding: a second read of each shard (decompressed and compared), SHA-256 of it, and four fsyncs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from pmetal_distill.offline.commit import (
     put_if_absent,
     write_scratch,
 )
-from pmetal_distill.offline.shard import ShardFiles, write_shard_files
+from pmetal_distill.offline.shard import RowGroups, ShardDraft, ShardFiles
 from pmetal_distill.offline.store import DATASET, FOLDERS, SHARD_FILE, Store
 from schemas.arrays import Bool, Float32, Int32, TargetArrays
 from schemas.basis import SketchBasis
@@ -38,7 +38,7 @@ class CapturedSequence:
     Attributes:
         token_ids, documents: int32 [n]; documents are numbered inside the sequence.
         loss_mask: bool [n].
-        targets: [n, ...], exact values as captured.
+        targets: exact values as captured, [n, ...], or [t, ...] of the t trained positions alone.
         hidden: float32 [n, d] by layer.
     """
 
@@ -47,6 +47,15 @@ class CapturedSequence:
     loss_mask: Bool
     targets: TargetArrays
     hidden: Mapping[int, Float32] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sidecars:
+    """The sidecars that a shard is coded with: what its data set asks for."""
+
+    basis: SketchBasis | None = None
+    codebook: Codebook | None = None
+    hidden_basis: HiddenBasis | None = None
 
 
 class CacheWriter:
@@ -110,18 +119,6 @@ class CacheWriter:
                 path.unlink(missing_ok=True)
         return sorted(set(range(self.dataset.num_shards)).difference(done))
 
-    def last_sidecars(self) -> tuple[SketchBasis | None, Codebook | None, HiddenBasis | None]:
-        """What the last committed shard used, to go on with after a restart; all None in an empty cache."""
-        done = self.store.committed()
-        if not done:
-            return None, None, None
-        record = self.store.record(done[-1])
-        return (
-            self.store.basis(record.basis) if record.basis else None,
-            self.store.codebook(record.codebook) if record.codebook else None,
-            self.store.hidden_basis(record.hidden_basis) if record.hidden_basis else None,
-        )
-
     def write_basis(self, basis: SketchBasis | Codebook | HiddenBasis) -> FileRef:
         """Put a sidecar into `bases/`, once, and return its reference."""
         known = self._refs.get(id(basis))
@@ -163,13 +160,51 @@ class CacheWriter:
             CorruptionError: the file did not read back as written.
             CacheError: it could not be written.
         """
-        if self.store.record_path(index).exists():
+        if self.is_committed(index):
             return self.store.record(index)
-        codec = Codec(self.dataset.target, basis, codebook)
-        hidden = HiddenCodec(self.dataset.hidden, hidden_basis) if self.dataset.hidden else None
+        sidecars = Sidecars(basis, codebook, hidden_basis)
+        draft = self.draft(index, sidecars)
+        groups = RowGroups(index, self.dataset)
+        try:
+            with failing_writes(f"shard {index}"):
+                for sequence in sequences:
+                    if group := groups.add(sequence):
+                        draft.write(draft.encode(group))
+                if group := groups.rest():
+                    draft.write(draft.encode(group))
+            return self.commit(index, draft, sidecars, measured or {})
+        finally:
+            draft.abandon()
+
+    def is_committed(self, index: int) -> bool:
+        """Whether somebody has committed a shard."""
+        return self.store.record_path(index).exists()
+
+    def draft(self, index: int, sidecars: Sidecars) -> ShardDraft:
+        """The empty files of a shard in this writer's scratch folder, for `commit`.
+
+        Raises:
+            IncompatibleError: sidecars that do not fit the dataset.
+            CacheError: a file could not be made.
+        """
+        codec = Codec(self.dataset.target, sidecars.basis, sidecars.codebook)
+        hidden = HiddenCodec(self.dataset.hidden, sidecars.hidden_basis) if self.dataset.hidden else None
         with failing_writes(f"shard {index}"):
-            files = write_shard_files(
-                self._scratch, self._checked(index, sequences), codec, hidden, self.dataset
+            return ShardDraft(self._scratch, codec, hidden)
+
+    def commit(
+        self, index: int, draft: ShardDraft, sidecars: Sidecars, measured: Mapping[str, float]
+    ) -> CommitRecord:
+        """Finish a draft that holds all row groups of a shard and make it part of the cache.
+
+        Returns, Raises:
+            as `write_shard`.
+        """
+        with failing_writes(f"shard {index}"):
+            files = draft.finish()
+            basis, codebook, hidden_basis = (
+                self.write_basis(part) if part else None
+                for part in (sidecars.basis, sidecars.codebook, sidecars.hidden_basis)
             )
             record = CommitRecord(
                 shard=index,
@@ -177,11 +212,11 @@ class CacheWriter:
                 targets=self._place(f"targets-{index:05d}", files.targets),
                 groups=files.groups,
                 num_trained_tokens=files.saturation.tokens,
-                basis=self.write_basis(basis) if basis else None,
-                codebook=self.write_basis(codebook) if codebook else None,
+                basis=basis,
+                codebook=codebook,
                 hidden=self._place(f"hidden-{index:05d}", files.hidden) if files.hidden else None,
-                hidden_basis=self.write_basis(hidden_basis) if hidden_basis else None,
-                measured=_measured(files, measured or {}),
+                hidden_basis=hidden_basis,
+                measured=_measured(files, measured),
             )
             return self._publish(record)
 
@@ -196,23 +231,6 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _checked(
-        self, index: int, sequences: Iterable[CapturedSequence]
-    ) -> Iterator[tuple[int, CapturedSequence]]:
-        numbers = self.dataset.shard_range(index)
-        count = 0
-        for sequence in sequences:
-            length = len(sequence.token_ids)
-            if count == len(numbers):
-                raise IncompatibleError(f"shard {index}: must have {len(numbers)} sequences, found more")
-            if not 1 <= length <= self.dataset.max_sequence_length:
-                must = f"must have 1 to {self.dataset.max_sequence_length} tokens"
-                raise IncompatibleError(f"shard {index} sequence {numbers[count]}: {must}, found {length}")
-            yield numbers[count], sequence
-            count += 1
-        if count != len(numbers):
-            raise IncompatibleError(f"shard {index}: must have {len(numbers)} sequences, found {count}")
 
     def _place(self, stem: str, file: tuple[Path, int, str]) -> FileRef:
         path, num_bytes, sha256 = file

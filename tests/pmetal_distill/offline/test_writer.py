@@ -81,10 +81,6 @@ def test_resume_writes_what_is_missing_only(tmp_path):
     before = {name: (cache / name).stat().st_mtime_ns for name in files_in(cache)}
     with open_writer(cache) as writer:
         assert writer.missing_shards() == [0, 2, 4]
-        basis, codebook, hidden_basis = writer.last_sidecars()
-        assert basis.to_bytes() == sidecars(writer.dataset)["basis"].to_bytes()
-        assert codebook is not None
-        assert hidden_basis is None
         for index in writer.missing_shards():
             write_shard(writer, index)
         assert writer.missing_shards() == []
@@ -167,6 +163,19 @@ def test_wrong_sequences_are_refused_and_nothing_is_committed(tmp_path):
             writer.write_shard(0, good, **extra)
         assert writer.missing_shards() == [0, 1, 2, 3, 4]
     assert files_in(tmp_path / "c") == ["dataset.json", *(f"tokenizer/{n}" for n in sorted(TOKENIZER))]
+
+
+def test_targets_of_the_trained_positions_alone_give_the_same_bytes(tmp_path):
+    reference = write_cache(tmp_path / "r", shards=[0])
+    with open_writer(tmp_path / "c") as writer:
+        whole = [make_sequence(writer.dataset, n) for n in writer.dataset.shard_range(0)]
+        short = [dataclasses.replace(s, targets=s.targets[s.loss_mask]) for s in whole]
+        assert any(len(s.loss_mask) > s.loss_mask.sum() for s in whole)
+        wrong = dataclasses.replace(whole[1], targets=whole[1].targets[:1])
+        with pytest.raises(IncompatibleError, match="sequence 1: targets must be those of all"):
+            writer.write_shard(0, [whole[0], wrong, *whole[2:]], **sidecars(writer.dataset))
+        writer.write_shard(0, short, **sidecars(writer.dataset))
+    assert files_in(tmp_path / "c") == files_in(reference)
 
 
 def test_the_loser_of_a_race_discards_its_files(tmp_path):
