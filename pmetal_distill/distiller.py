@@ -98,6 +98,8 @@ class Distiller:
         self.trained.train()
         inputs, template = self._inputs(batch)
         parts, gradients = self._function(inputs, template)(inputs)
+        # Apart from the update, whose new arrays would otherwise be made while activations are still there.
+        mx.async_eval(parts, gradients)
         self._collect(gradients)
         mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
         if self._taid is not None and self._pending is None:

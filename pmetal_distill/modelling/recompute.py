@@ -11,6 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from pmetal_distill.losses.host import can_evaluate
 
 
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -68,15 +72,31 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
         if not block.training:
             return call(block, *args, **kwargs)
 
+        forward = True
+
         def run(key: mx.array, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal forward
             with _given(block, key, parameters):
-                return call(block, *args, **kwargs)
+                outputs = call(block, *args, **kwargs)
+            if forward:
+                outputs, forward = tree_map(_without_graph, outputs), False
+            return outputs
 
         key = mx.random.randint(0, 2**32 - 1, (2,), mx.uint32)
         return mx.checkpoint(run)(key, block.trainable_parameters(), *args, **kwargs)
 
     body = {"__call__": recomputing_call, "__module__": kind.__module__, "dropout_keys": None}
     return type(kind.__name__, (kind,), body)
+
+
+def _without_graph(output: Any) -> Any:
+    """The values alone, where they can be had now.
+
+    On the CPU the head's loss evaluates its inputs while a gradient is being traced, which keeps every array in
+    their graph. `mx.checkpoint` wants nothing of this graph: the backward pass makes its own.
+    """
+    eager = mx.default_device() == mx.Device(mx.cpu) and getattr(output, "dtype", None) == mx.float32
+    return mx.array(np.array(output)) if eager and can_evaluate(output) else output
 
 
 @contextmanager
