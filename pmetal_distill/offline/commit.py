@@ -47,10 +47,14 @@ class Scratch:
         try:
             _clean_dead(tmp)
             self._lock, self._lock_path = _new_lock(tmp)
-            self.folder = self._lock_path.with_suffix("")
-            self.folder.mkdir()
         except BaseException:
             release(self._guard)
+            raise
+        self.folder = self._lock_path.with_suffix("")
+        try:
+            self.folder.mkdir()
+        except BaseException:
+            self.close()
             raise
 
     def path(self, name: str) -> Path:
@@ -79,9 +83,13 @@ def _new_lock(tmp: Path) -> tuple[int, Path]:
     while True:
         path = tmp / f"{uuid.uuid4().hex}.lock"
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink == 1:
-            return handle, path
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink == 1:
+                return handle, path
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

@@ -189,10 +189,10 @@ def _close_all(files: OpenFiles) -> None:
         files.popitem()[1].handle.close()
 
 
-def file_identity(handle: BinaryIO) -> tuple[int, int, int, int]:
-    """Device, inode, size and modification time of an open file."""
+def file_identity(handle: BinaryIO) -> tuple[int, int, int, int, int]:
+    """Device, inode, size, modification and change time of an open file."""
     status = os.fstat(handle.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_parquet(handle: BinaryIO, *, where: str) -> pq.ParquetFile:
