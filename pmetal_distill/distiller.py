@@ -101,6 +101,7 @@ class Distiller:
         # Apart from the update, whose new arrays would otherwise be made while activations are still there.
         mx.async_eval(parts, gradients)
         self._collect(gradients)
+        del gradients  # so that each goes when it has been applied
         mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
         if self._taid is not None and self._pending is None:
             self._taid = self._next_share(parts)

@@ -92,8 +92,8 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 def _without_graph(output: Any) -> Any:
     """The values alone, where they can be had now.
 
-    On the CPU the head's loss evaluates its inputs while a gradient is being traced, which keeps every array in
-    their graph. `mx.checkpoint` wants nothing of this graph: the backward pass makes its own.
+    On the CPU the head's loss evaluates its inputs while a gradient is being traced, which keeps every array
+    in their graph. `mx.checkpoint` wants nothing of this graph: the backward pass makes its own.
     """
     eager = mx.default_device() == mx.Device(mx.cpu) and getattr(output, "dtype", None) == mx.float32
     return mx.array(np.array(output)) if eager and can_evaluate(output) else output
