@@ -19,6 +19,7 @@ COMMANDS = {
     "push": "pipeline.commands.push",
     "pull": "pipeline.commands.pull",
     "eval": "pipeline.commands.eval",
+    "report": "pipeline.commands.report",
     "demo": "pipeline.commands.demo",
 }
 
