@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.console import Console
+from pipeline.exchange import UNVERIFIED
 from pipeline.text import packed_text
 from schemas.arrays import TargetArrays
 from schemas.errors import NonFiniteError, UsageError
@@ -117,7 +118,7 @@ def compare_fingerprints(
         "chat_template": chat_template_fingerprint(teacher.tokenizer),
     }
     for part, name in _TEACHER_PARTS.items():
-        if found[part] != stored[part]:
+        if found[part] != stored[part] and not stored[part].startswith(UNVERIFIED):
             must = f"{name} of {settings.teacher} must have fingerprint {stored[part][:16]}"
             yield _finding("fingerprint", "dataset.json", f"{must}, found {found[part][:16]}")
     size = cache.dataset.target.vocab_size
@@ -126,6 +127,8 @@ def compare_fingerprints(
         yield _finding("fingerprint", "dataset.json", f"{message}; no row was compared")
     if settings.data is not None:
         packing = json.loads(stored["packing"])
+        if "import" in packing:
+            raise UsageError("--data: an imported cache holds text packed by others; leave --data out")
         data = packed_text(
             settings.data,
             teacher,

@@ -5,3 +5,6 @@
 
 Both stream. No importer writes the format itself, none unpickles anything.
 """
+
+UNVERIFIED = "imported: "
+"""How the fingerprint of a teacher starts that is known by name only."""

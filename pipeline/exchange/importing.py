@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.cache import ROWS_PER_GROUP, describe_cache, refuse_used_folder, tokenizer_files
 from pipeline.console import Console, Progress
+from pipeline.exchange import UNVERIFIED
 from pipeline.exchange.alignment import Alignment
 from pipeline.exchange.coding import Coding, learn
 from pipeline.exchange.opening import open_source
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 
 CHUNK = 256
-UNVERIFIED = "imported: "
 
 
 def run_import(settings: ImportSettings, console: Console) -> dict[str, Any]:
