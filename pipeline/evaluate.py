@@ -1,16 +1,28 @@
-"""How close a student is to a live teacher on text it has not seen. Costs a forward pass of both models."""
+"""How close a student is to its teacher on text it has not seen: a live teacher, or what a cache holds of it.
+
+A live teacher costs a forward pass of both models, a cache one of the student. Nothing of size
+[tokens, vocabulary] is ever made.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.batching import TokenBatch, token_batches
 from pipeline.console import Console
 from pipeline.data import PackedDataset
+from pipeline.data.kinds import DocumentKinds
 from schemas.errors import IncompatibleError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from pmetal_distill.evaluation import Comparison
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.offline.reader import LogitCache
 
 DEFAULT_TEMPERATURES = (1.0, 2.0)
 
@@ -54,11 +66,19 @@ def evaluate(
     *,
     options: EvalOptions,
     console: Console,
-) -> dict[str, float]:
+    kinds: DocumentKinds | None = None,
+) -> dict[str, Any]:
     """Compares the two on every trained position of the data set.
 
+    Args:
+        teacher, student: in evaluation mode.
+        dataset: in the teacher's tokens.
+        options: how.
+        console: where progress goes.
+        kinds: of the documents, to tell them apart.
+
     Returns:
-        the means of `Comparison.summary()`.
+        `Comparison.report()`.
 
     Raises:
         IncompatibleError: the models have different tokenizers.
@@ -66,43 +86,41 @@ def evaluate(
     from pmetal_distill.evaluation import Comparison
 
     check_same_tokenizer(teacher, student)
-    comparison = Comparison(tuple(options.temperatures))
+    comparison = Comparison(tuple(options.temperatures), () if kinds is None else kinds.names)
     total = min(dataset.num_targets, options.max_tokens or dataset.num_targets)
     with console.progress("evaluating", total=total, unit="tokens") as progress:
         for batch in token_batches(dataset, range(dataset.num_sequences), batch_size=options.batch_size):
             before = comparison.tokens
-            _add_batch(comparison, teacher, student, batch, options)
+            _add_batch(comparison, teacher, student, batch, options, kinds)
             progress.advance(comparison.tokens - before)
             if comparison.tokens >= total:
                 break
-    return comparison.summary()
+    return comparison.report()
 
 
 def _add_batch(
-    comparison: "object",
+    comparison: "Comparison",
     teacher: "LoadedModel",
     student: "LoadedModel",
     batch: TokenBatch,
     options: EvalOptions,
+    kinds: DocumentKinds | None,
 ) -> None:
     import mlx.core as mx
-    import numpy as np
 
-    from pmetal_distill.evaluation import Comparison, compare_hidden
+    from pmetal_distill.evaluation import compare_hidden, document_positions
 
-    assert isinstance(comparison, Comparison)
-    token_ids = mx.array(batch.token_ids)
-    rows = mx.array(np.flatnonzero(batch.loss_mask).astype(np.int32))
-    labels = mx.array(batch.labels.reshape(-1))[rows]
+    mask, token_ids = batch.loss_mask, mx.array(batch.token_ids)
+    rows = mx.array(np.flatnonzero(mask).astype(np.int32))
 
-    def trained_rows(model: "LoadedModel") -> mx.array:
+    def trained_rows(model: "LoadedModel") -> "mx.array":
         if model.splits:
             states = model.hidden(token_ids, documents=batch.documents).final
         else:
             states = model.full(token_ids, documents=batch.documents)
         return states.reshape(-1, states.shape[-1])[rows]
 
-    def head(model: "LoadedModel", states: mx.array) -> mx.array:
+    def head(model: "LoadedModel", states: "mx.array") -> "mx.array":
         return model.logits(states) if model.splits else states
 
     compare_hidden(
@@ -111,6 +129,61 @@ def _add_batch(
         teacher_hidden=trained_rows(teacher),
         student_head=lambda states: head(student, states),
         student_hidden=trained_rows(student),
-        labels=labels,
+        labels=mx.array(batch.labels[mask]),
+        positions=document_positions(batch.documents)[mask],
+        kinds=None if kinds is None else kinds.of_document[batch.documents[mask]],
         chunk_size=options.head_chunk,
     )
+
+
+def evaluate_cache(
+    cache: "LogitCache",
+    student: "LoadedModel",
+    numbers: npt.NDArray[np.int64],
+    *,
+    options: EvalOptions,
+    console: Console,
+) -> dict[str, Any]:
+    """Compares a student with what a cache holds of its teacher.
+
+    KL is as exact as the targets: nearly so with tail `sketch`, a lower bound with `bucket`, and against the
+    renormalised head with `none`.
+
+    Args:
+        cache: open.
+        student: in evaluation mode.
+        numbers: sequences to read.
+        options: how.
+        console: where progress goes.
+
+    Returns:
+        `Comparison.report()`, without what needs the teacher's probability of every token.
+
+    Raises:
+        IncompatibleError: another tokenizer, or a student that is too small for the cached ids.
+        UsageError: a temperature that the targets do not reach.
+    """
+    from pipeline.training.student import check_student
+    from pmetal_distill.evaluation import Comparison, Question, TokenScores, document_positions, target_rows
+    from pmetal_distill.losses.divergences import Divergence
+    from pmetal_distill.teaching import CachedTeacher
+
+    check_student(student, cache)
+    teacher = CachedTeacher(cache, student.vocab_size)
+    questions = [Question(Divergence("forward_kl"), t) for t in options.temperatures]
+    comparison = Comparison(tuple(options.temperatures))
+    with (
+        cache.batches(
+            batch_size=options.batch_size, seed=0, epochs=1, shuffle=False, window=1, subset=numbers
+        ) as batches,
+        console.progress("evaluating", total=len(numbers), unit="sequences") as progress,
+    ):
+        for batch in batches:
+            mask = batch.loss_mask
+            rows = target_rows(student, teacher, batch, questions, chunk_tokens=options.head_chunk)
+            scores = TokenScores.of_rows(rows, batch.labels.reshape(-1), mask.reshape(-1))
+            comparison.add_scores(scores, positions=document_positions(batch.documents)[mask])
+            progress.advance(len(batch.numbers))
+            if options.max_tokens is not None and comparison.tokens >= options.max_tokens:
+                break
+    return comparison.report()

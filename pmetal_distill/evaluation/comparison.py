@@ -98,16 +98,22 @@ class Comparison:
         return {**found, "tokens": tokens}
 
     def report(self) -> dict[str, Any]:
-        """`summary()`, and the same by position and by kind of document, and both reliability diagrams."""
-        diagrams = {"labels": self.labels.bins(), "teacher": self.teacher.bins()}
-        return {
-            **self.summary(),
-            "by_position": {
-                position_name(group): self._by_position.summary(group) for group in self._by_position.groups()
-            },
-            "by_kind": {self.kinds[g]: self._by_kind.summary(g) for g in self._by_kind.groups()},
-            "reliability": {name: bins for name, bins in diagrams.items() if bins},
+        """`summary()` and what is behind it.
+
+        Returns:
+            beside the summary, lists of rows: `by_position` and `by_kind` (the name of the group and its
+            means), `reliability` and `reliability_teacher` (`Reliability.bins`). Empty ones are left out.
+        """
+        positions, kinds = self._by_position, self._by_kind
+        found = {
+            "by_position": [
+                {"position": position_name(group), **positions.summary(group)} for group in positions.groups()
+            ],
+            "by_kind": [{"kind": self.kinds[group], **kinds.summary(group)} for group in kinds.groups()],
+            "reliability": self.labels.bins(),
+            "reliability_teacher": self.teacher.bins(),
         }
+        return {**self.summary(), **{name: rows for name, rows in found.items() if rows}}
 
 
 def compare_hidden(

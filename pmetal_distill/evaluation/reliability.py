@@ -51,14 +51,14 @@ class Reliability:
         return float(np.abs(outcome - confidence).sum() / max(count.sum(), 1.0))
 
     def bins(self) -> list[dict[str, float]]:
-        """The reliability diagram: bounds, number of tokens and means of each bin that is not empty."""
+        """The reliability diagram: bounds, tokens, mean confidence and outcome of bins that are not empty."""
         return [
             {
                 "above": m / NUM_BINS,
                 "up_to": (m + 1) / NUM_BINS,
                 "tokens": int(count),
                 "confidence": confidence / count,
-                "outcome": outcome / count,
+                "accuracy": outcome / count,
             }
             for m, (count, confidence, outcome) in enumerate(self.sums.T.tolist())
             if count
