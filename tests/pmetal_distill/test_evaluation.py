@@ -210,6 +210,15 @@ def test_positions_count_from_the_start_of_each_document() -> None:
     assert document_positions(documents).tolist() == expected
 
 
+def test_gpus_take_the_same_formulas_in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = [mx.array(a) for a in tied()]
+    host, device = Comparison((1.0, 2.0)), Comparison((1.0, 2.0))
+    host.add(*chunk)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    device.add(*chunk)
+    assert device.summary() == pytest.approx(host.summary(), rel=1e-5)
+
+
 def test_no_token_at_all_is_reported_as_such() -> None:
     comparison = Comparison(temperatures=(1.0,))
     comparison.add(mx.zeros((0, 5)), mx.zeros((0, 5)), mx.zeros((0,), mx.int32))

@@ -13,6 +13,7 @@ from pipeline.training.config import distill_config
 from pmetal_distill.distiller import Distiller
 from pmetal_distill.losses import LOSS_NAMES
 from pmetal_distill.models import load_model
+from tests.pipeline.conftest import Cli
 from tests.pipeline.training.sources import QUIET, VOCAB, make_cache, offline, online
 
 STEPS = 8
@@ -85,3 +86,17 @@ def test_hidden_states_of_a_live_teacher_align_as_cached_ones(
     live = losses(online(tiny_teacher, text_file, tiny_student, **changes))
     assert live["hidden"][-1] < live["hidden"][0]
     np.testing.assert_allclose(cached["hidden"], live["hidden"], rtol=HIDDEN)
+
+
+def test_train_takes_a_teacher_and_text(
+    cli: Cli, tiny_teacher: Path, tiny_student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    live = ("--teacher", tiny_teacher, "--data", text_file)
+    words = ("--student", tiny_student, "--out", tmp_path / "run", "--max-seq-len", 64, "--iters", 30)
+    how = ("--learning-rate", 3e-3, "--alpha", 1.0, "--val-share", 0.1, "--json")
+    got = cli("train", *live, *words, *how)
+    assert got.code == 0, got.err
+    assert "24 documents" in got.err
+    judged = (*live, "--split", "train", "--json")
+    before, after = (cli("eval", place, *judged).json for place in (tiny_student, tmp_path / "run"))
+    assert after["kl@2"] < 0.75 * before["kl@2"]
