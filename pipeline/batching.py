@@ -30,6 +30,18 @@ class TokenBatch:
     loss_mask: NDArray[np.bool_]
     labels: NDArray[np.int32]
 
+    def only(self, rows: Sequence[int]) -> "TokenBatch":
+        """Some rows of the batch, as long as before."""
+        chosen = list(rows)
+        return TokenBatch(
+            [self.sequences[i] for i in rows],
+            [self.lengths[i] for i in rows],
+            self.token_ids[chosen],
+            self.documents[chosen],
+            self.loss_mask[chosen],
+            self.labels[chosen],
+        )
+
 
 def token_batches(
     dataset: PackedDataset, sequences: Sequence[int], *, batch_size: int

@@ -6,7 +6,10 @@ processes may write one cache.
 """
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pipeline.about import missing_blas
@@ -44,7 +47,8 @@ def run_cache(
         FingerprintError: `--resume` into a cache of other inputs.
         DataError, ModelError, NonFiniteError, CacheError: as their names say; what was committed stays.
     """
-    from pmetal_distill.models import load_model
+    from pmetal_distill.models import load_model, model_fingerprint
+    from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
 
     refuse_used_folder(settings.out, resume=settings.resume)
@@ -53,17 +57,42 @@ def run_cache(
     teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
     for note in teacher.notes:
         console.note(f"teacher: {note}")
+    # Weights in files are hashed while the text is read and the sample goes through the teacher.
+    fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
+    hidden = hidden_spec(settings, teacher)
     data = read_data(settings, teacher)
     console.note(
         f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {data.num_sequences:,} sequences "
         f"({data.fill_rate:.0%} full)"
     )
-    dataset = describe(settings, teacher, data, spec)
+    run = StageOne(settings, teacher, data, spec, hidden, console)
+    if not (settings.out / DATASET).exists():
+        run.learn()
+    dataset = describe(settings, teacher, data, spec, hidden, weights=fingerprint())
     with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher.tokenizer)) as writer:
-        run = StageOne(settings, teacher, data, writer, console)
-        run.write_missing()
+        run.write_missing(writer)
     return {**run.summary(), **describe_cache(settings.out)}
+
+
+def in_background(work: Callable[[], str]) -> Callable[[], str]:
+    """Starts work on a thread; what is returned waits for its value, or raises what the work raised."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the value
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
+
+
+def done(work: Callable[[], str]) -> Callable[[], str]:
+    """As `in_background`, but done before it returns."""
+    value = work()
+    return lambda: value
 
 
 def target_spec(settings: CacheSettings, vocab_size: int) -> TargetSpec:
@@ -101,12 +130,17 @@ def read_data(settings: CacheSettings, teacher: "LoadedModel") -> PackedDataset:
 
 
 def describe(
-    settings: CacheSettings, teacher: "LoadedModel", data: PackedDataset, spec: TargetSpec
+    settings: CacheSettings,
+    teacher: "LoadedModel",
+    data: PackedDataset,
+    spec: TargetSpec,
+    hidden: HiddenSpec | None,
+    *,
+    weights: str,
 ) -> Dataset:
-    """`dataset.json`: what the cache holds and what it was made from."""
-    from pmetal_distill.models import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
+    """`dataset.json`: what the cache holds and what it was made from; `weights` fingerprints the teacher."""
+    from pmetal_distill.models import chat_template_fingerprint, tokenizer_fingerprint
 
-    layers = hidden_layers(settings, teacher)
     codec = {
         "rank": settings.sketch_rank,
         "step": settings.sketch_step,
@@ -120,7 +154,7 @@ def describe(
     }
     return Dataset(
         fingerprint={
-            "teacher": model_fingerprint(teacher),
+            "teacher": weights,
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
             "chat_template": chat_template_fingerprint(teacher.tokenizer),
             "data": data.fingerprint(),
@@ -133,13 +167,23 @@ def describe(
         sequences_per_shard=settings.sequences_per_shard,
         max_sequence_length=settings.max_seq_len,
         rows_per_group=ROWS_PER_GROUP,
-        hidden=HiddenSpec(layers, teacher.hidden_size) if layers else None,
+        hidden=hidden,
         meta={
             "teacher": settings.teacher,
             "teacher_layers": str(teacher.num_layers),
             "data": settings.data,
         },
     )
+
+
+def hidden_spec(settings: CacheSettings, teacher: "LoadedModel") -> HiddenSpec | None:
+    """The hidden states that are kept too.
+
+    Raises:
+        UsageError: a layer that the teacher does not have.
+    """
+    layers = hidden_layers(settings, teacher)
+    return HiddenSpec(layers, teacher.hidden_size) if layers else None
 
 
 def hidden_layers(settings: CacheSettings, teacher: "LoadedModel") -> tuple[int, ...]:

@@ -1,13 +1,16 @@
-"""What stage one learns from samples: the sketch's basis, the codebook, whether a shard's text has drifted.
+"""What stage one learns from samples: the sketch's basis, the codebook, whether the text has drifted.
 
 The calibration sample is spread over the whole data set. Where it would be a good part of the data, all of it
 is read and the teacher's states are kept for the main pass, so that calibration costs no second forward pass.
-Every shard is then judged by a sample of its own. All of it is a pure function of the settings and the data,
-so a resumed run and several workers come to the same.
+Where the data is longer than one stretch, each stretch is judged by a sample of its own, which stays for the
+main pass too: states of at most 32k tokens, or of one batch. All of it is a pure function of the settings and
+the data, so a resumed run and several workers come to the same.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,17 +22,39 @@ from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample
-    from schemas.codebook import Codebook
+    from pmetal_distill.offline.capture import CoordinateMap
+    from pmetal_distill.offline.writer import Sidecars
 
 CODEBOOK_TOKENS = 4096
 KEEP_ALL_FACTOR = 3
 HELD_BACK_SHARE = 8
 HELD_BACK_TOKENS = 1024
-SHARD_TOKENS = 2048
-SHARD_HELD_BACK_TOKENS = 256
+STRETCH_TOKENS = 1 << 19
+JUDGED_TOKENS = 2304
+JUDGED_HELD_BACK_TOKENS = 256
 LEAST_HELD_BACK_TOKENS = 32
+MOST_JUDGED_BATCHES = 4
+MOST_KEPT_TOKENS = 1 << 15
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coding:
+    """What the shards of a stretch are coded with.
+
+    Attributes:
+        sidecars: for the writer.
+        map: makes sketch coordinates; None without a sketch.
+        measured: errors by name, for the commit records: of text of the stretch, or of the data set's held
+            back sample where it is one stretch. Empty without a sketch.
+    """
+
+    sidecars: "Sidecars"
+    map: "CoordinateMap | None" = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +67,9 @@ class Calibrator:
         runner: feeds it.
         spec: of the targets.
         console: where progress goes.
+
+    Attributes:
+        forward_seconds: spent on forward passes whose states the main pass takes over.
     """
 
     settings: CacheSettings
@@ -49,23 +77,27 @@ class Calibrator:
     runner: TeacherRunner
     spec: TargetSpec
     console: Console
+    forward_seconds: float = 0.0
 
-    def codebook(self) -> "Codebook":
-        """The codebook alone, for targets without a sketch."""
+    def learn(self) -> "Coding | DriftMonitor":
+        """What the whole data set shares: all there is to it, or for a sketch the judge of its stretches."""
         from pmetal_distill.offline.capture import capture_hidden
+        from pmetal_distill.offline.writer import Sidecars
         from schemas.codebook import Codebook
 
-        rows = self._rows(min(CODEBOOK_TOKENS, self.runner.dataset.num_targets))
-        return Codebook.fit(
-            capture_hidden(rows.states, self._logits_of, self.spec, chunk=self.settings.head_chunk), self.spec
-        )
+        if self.spec.tail == "sketch":
+            return self.monitor()
+        sample = self._sample(self._sampled(CODEBOOK_TOKENS))
+        captured = capture_hidden(sample.states, sample.logits_of, self.spec, chunk=sample.chunk)
+        return Coding(Sidecars(codebook=Codebook.fit(captured, self.spec)))
 
     def monitor(self) -> "DriftMonitor":
-        """The calibration of the whole data set, and the judge of its shards."""
+        """The calibration of the whole data set, and the judge of its stretches."""
         from pmetal_distill.offline.calibrate import DriftMonitor, calibrate
 
-        rows = self._rows(self.settings.calibration_tokens)
-        sample, held_back = self._split(rows, most=HELD_BACK_TOKENS)
+        sample, held_back = self._split(
+            self._sampled(self.settings.calibration_tokens), most=HELD_BACK_TOKENS
+        )
         calibration = calibrate(
             sample,
             held_back,
@@ -76,39 +108,73 @@ class Calibrator:
         )
         return DriftMonitor(calibration, self.teacher.head)
 
-    def of_shard(self, monitor: "DriftMonitor", sequences: Sequence[int]) -> "Calibration":
-        """The calibration that a shard uses, with the errors measured on its own text."""
-        starts = sorted({self.runner.batch_of(number).start for number in sequences})
+    def stretches(self) -> list[range]:
+        """The shards of each stretch."""
         lengths = self.runner.dataset.sequence_lengths()
-        batches = max(1, round(len(starts) * SHARD_TOKENS / max(1, int(lengths[list(sequences)].sum()))))
-        chosen = [starts[i] for i in np.linspace(0, len(starts) - 1, min(batches, len(starts))).astype(int)]
-        self.runner.keep_tokens = max(self.runner.keep_tokens, 4 * SHARD_TOKENS)
-        members = [n for n in sequences if self.runner.batch_of(n).start in set(chosen)]
-        rows = SampledRows.of(self.runner.run(members, keep=True))
-        sample, held_back = self._split(rows, most=SHARD_HELD_BACK_TOKENS)
-        if len(held_back) < LEAST_HELD_BACK_TOKENS or len(sample) < LEAST_HELD_BACK_TOKENS:
+        return cut_stretches(lengths, self.settings.sequences_per_shard, tokens=STRETCH_TOKENS)
+
+    def of_stretch(self, learned: "Coding | DriftMonitor", stretch: range) -> Coding:
+        """What the shards of a stretch are coded with."""
+        if isinstance(learned, Coding):
+            return learned
+        known = learned.calibration
+        per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences
+        numbers = range(stretch.start * per_shard, min(stretch.stop * per_shard, count))
+        if len(numbers) == count:
+            return _coding(known, refitted=False)
+        chosen = self.judge(learned, numbers)
+        refitted = chosen.basis is not known.basis
+        if refitted:
+            shards = f"shards {stretch.start} to {stretch.stop - 1}"
+            self.console.note(f"{shards}: the text is unlike the sample, so they have a basis of their own")
+        return _coding(chosen, refitted=refitted)
+
+    def judge(self, monitor: "DriftMonitor", sequences: range) -> "Calibration":
+        """The calibration that a stretch uses, with the errors measured on its own text."""
+        self.runner.forget_before(sequences.start)
+        starts = sorted({self.runner.batch_of(number).start for number in sequences})
+        size = self.settings.batch_size * self.settings.max_seq_len
+        count = max(1, min(len(starts), MOST_JUDGED_BATCHES, MOST_KEPT_TOKENS // size))
+        chosen = {starts[i] for i in np.linspace(0, len(starts) - 1, count).astype(int)}
+        members = [n for n in sequences if self.runner.batch_of(n).start in chosen]
+        total = self._num_targets(members)
+        self.runner.keep_tokens = max(self.runner.keep_tokens, count * size)
+        rows = SampledRows.of(self.runner.run(members, keep=True), total, most=JUDGED_TOKENS)
+        sample, held_back = self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
+        if min(len(held_back), len(sample)) < LEAST_HELD_BACK_TOKENS:
             return monitor.calibration
         return monitor.choose(sample, held_back)
 
-    def _rows(self, num_tokens: int) -> "SampledRows":
-        """A sample of the data set, evenly spread."""
+    def _sampled(self, num_tokens: int) -> "SampledRows":
+        """Rows of the whole data set, evenly spread."""
         data = self.runner.dataset
         if KEEP_ALL_FACTOR * num_tokens >= data.num_targets:
             self.runner.keep_tokens = data.num_targets
-            found: Iterable[TeacherStates] = self.runner.run(range(data.num_sequences), keep=True)
-            total = data.num_targets
+            found, total = self._all_kept(), data.num_targets
         else:
-            found = self.runner.sample(data.sample_sequences(num_tokens, seed=self.settings.seed).tolist())
-            total = num_tokens
+            chosen = data.sample_sequences(num_tokens, seed=self.settings.seed).tolist()
+            found, total = self.runner.sample(chosen), self._num_targets(chosen)
         with self.console.progress("calibrating", total=total, unit="tokens") as progress:
 
             def watched() -> Iterable[TeacherStates]:
                 for states in found:
-                    progress.advance(len(states.final))
                     yield states
+                    progress.advance(len(states.final))
 
-            rows = SampledRows.of(watched())
-        return rows[np.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).astype(int)]
+            return SampledRows.of(watched(), total, most=num_tokens)
+
+    def _all_kept(self) -> Iterable[TeacherStates]:
+        import mlx.core as mx
+
+        started = time.perf_counter()
+        for states in self.runner.run(range(self.runner.dataset.num_sequences), keep=True):
+            mx.eval(states.final, dict(states.layers))
+            self.forward_seconds += time.perf_counter() - started
+            yield states
+            started = time.perf_counter()
+
+    def _num_targets(self, sequences: Sequence[int]) -> int:
+        return sum(int(self.runner.dataset.sequence(number).loss_mask.sum()) for number in sequences)
 
     def _split(self, rows: "SampledRows", *, most: int) -> tuple["Sample", "Sample"]:
         """Rows to fit on and, of other documents, at most `most` rows to measure on."""
@@ -120,10 +186,37 @@ class Calibrator:
     def _sample(self, rows: "SampledRows") -> "Sample":
         from pmetal_distill.offline.calibrate import Sample
 
-        return Sample(rows.states, self._logits_of, self.settings.head_chunk, token_ids=rows.token_ids)
+        def logits_of(states: "mx.array") -> "mx.array":
+            return self.teacher.logits(states.astype(rows.dtype)) if self.teacher.splits else states
 
-    def _logits_of(self, states: Any) -> Any:
-        return self.teacher.logits(states) if self.teacher.splits else states
+        return Sample(rows.states, logits_of, self.settings.head_chunk, token_ids=rows.token_ids)
+
+
+def cut_stretches(lengths: NDArray[np.int64], sequences_per_shard: int, *, tokens: int) -> list[range]:
+    """Ranges of shards that share a choice of basis: those whose first tokens lie in one window of `tokens`.
+
+    Args:
+        lengths: tokens of each sequence of the data set.
+        sequences_per_shard: of the cache.
+        tokens: size of a stretch, about: it has at least one shard. A basis of a stretch's own weighs 2 r + 4
+            bytes for each entry of the vocabulary (26 MB at V=49k, r=256: 50 bytes a token of a stretch).
+    """
+    firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])[::sequences_per_shard]
+    windows = firsts // tokens
+    edges = [0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(firsts)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def _coding(calibration: "Calibration", *, refitted: bool) -> Coding:
+    from pmetal_distill.offline.writer import Sidecars
+
+    measured = {
+        f"{name}@{temperature:g}": getattr(error, name)
+        for temperature, error in calibration.error.items()
+        for name in ("gradient", "kl", "total_variation")
+    }
+    sidecars = Sidecars(basis=calibration.basis, codebook=calibration.codebook)
+    return Coding(sidecars, calibration.map, {**measured, "refitted": float(refitted)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,24 +227,35 @@ class SampledRows:
         states: float32 [n, d], final hidden states.
         token_ids: int32 [n], the input token.
         documents: int32 [n], its document.
+        dtype: of the teacher's own states.
     """
 
     states: NDArray[np.float32]
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int32]
+    dtype: "mx.Dtype"
 
     @staticmethod
-    def of(found: Iterable[TeacherStates]) -> "SampledRows":
-        """Copies what is needed of each sequence."""
+    def of(found: Iterable[TeacherStates], total: int, *, most: int) -> "SampledRows":
+        """At most `most` of the `total` rows that are found, evenly spread; only they leave the device."""
+        import mlx.core as mx
+
         from pmetal_distill.offline.capture import as_numpy
 
-        parts = [
-            (np.array(as_numpy(s.final)), s.token_ids[s.loss_mask], s.documents[s.loss_mask]) for s in found
-        ]
-        return SampledRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        chosen = np.linspace(0, total - 1, min(most, total)).astype(np.int64)
+        states, token_ids, documents, start, dtype = [], [], [], 0, mx.float32
+        for part in found:
+            stop, mask, dtype = start + len(part.final), part.batch.loss_mask, part.final.dtype
+            rows = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, stop)] - start
+            states.append(np.array(as_numpy(part.final[mx.array(rows.astype(np.int32))])))
+            token_ids.append(part.batch.token_ids[mask][rows])
+            documents.append(part.batch.documents[mask][rows])
+            start = stop
+        columns = (np.concatenate(states), np.concatenate(token_ids), np.concatenate(documents))
+        return SampledRows(*columns, dtype)
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> "SampledRows":
-        return SampledRows(self.states[rows], self.token_ids[rows], self.documents[rows])
+        return SampledRows(self.states[rows], self.token_ids[rows], self.documents[rows], self.dtype)

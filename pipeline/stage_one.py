@@ -1,24 +1,78 @@
-"""The loop of stage one: teacher states in, committed shards out."""
+"""The loop of stage one: teacher states in, committed shards out.
+
+On a GPU the next two batches are queued while the results of one are copied, and threads encode and write
+meanwhile (`offline.background`): the teacher hardly ever waits. On the CPU a batch is done with before the
+next one begins. Memory beyond the teacher's body: the results of three batches, the row groups of the
+writer's threads, and on a GPU the logits of the chunks that are queued; whatever the size of a shard.
+"""
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.calibration import Calibrator
+import numpy as np
+
+from pipeline.calibration import Calibrator, Coding
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
-from schemas.arrays import TargetArrays
-from schemas.codebook import Codebook
-from schemas.errors import NonFiniteError
+from schemas.hidden_spec import HiddenSpec
+from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.offline.background import BackgroundWriter
     from pmetal_distill.offline.calibrate import DriftMonitor
-    from pmetal_distill.offline.capture import CoordinateMap
+    from pmetal_distill.offline.capture import PendingCapture
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
+
+QUEUED_BATCHES = 2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CapturedBatch:
+    """A batch on its way through the teacher.
+
+    Attributes:
+        shard: that its sequences belong to.
+        coding: of the shard.
+        states: the body's.
+        capture: targets of the trained positions, perhaps still being computed.
+        layers: block -> float32 [B, L, d].
+    """
+
+    shard: int
+    coding: Coding
+    states: TeacherStates
+    capture: "PendingCapture"
+    layers: "dict[int, mx.array]"
+
+    def sequences(self) -> "Iterator[CapturedSequence]":
+        """The sequences with their targets; waits for the device.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a row.
+        """
+        from pmetal_distill.offline.writer import CapturedSequence
+
+        targets = self.capture.result()
+        layers = {index: np.array(states) for index, states in self.layers.items()}
+        batch, starts = self.states.batch, self.states.starts
+        for row, length in enumerate(batch.lengths):
+            documents = batch.documents[row, :length]
+            yield CapturedSequence(
+                batch.token_ids[row, :length],
+                documents - documents.min(),
+                batch.loss_mask[row, :length],
+                targets[starts[row] : starts[row + 1]],
+                {index: states[row, :length] for index, states in layers.items()},
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -29,119 +83,135 @@ class StageOne:
         settings: of the stage.
         teacher: the loaded teacher.
         data: packed text.
-        writer: where shards go.
+        spec: of the targets.
+        hidden: of the hidden states that are kept too, or None.
         console: where progress goes.
     """
 
     settings: CacheSettings
     teacher: "LoadedModel"
     data: PackedDataset
-    writer: "CacheWriter"
+    spec: TargetSpec
+    hidden: HiddenSpec | None
     console: Console
     tokens: int = 0
-    seconds: float = 0.0
+    calibration_seconds: float = 0.0
+    pass_seconds: float = 0.0
     _runner: TeacherRunner = field(init=False)
     _calibrator: Calibrator = field(init=False)
+    _learned: "Coding | DriftMonitor | None" = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        hidden = self.writer.dataset.hidden
-        self._runner = TeacherRunner(
-            self.teacher, self.data, self.settings.batch_size, hidden.layers if hidden else ()
-        )
-        self._calibrator = Calibrator(
-            self.settings, self.teacher, self._runner, self.writer.dataset.target, self.console
-        )
+        layers = self.hidden.layers if self.hidden else ()
+        self._runner = TeacherRunner(self.teacher, self.data, self.settings.batch_size, layers)
+        self._calibrator = Calibrator(self.settings, self.teacher, self._runner, self.spec, self.console)
 
-    def write_missing(self) -> None:
+    def learn(self) -> "Coding | DriftMonitor":
+        """Calibrates, once; needs no cache yet."""
+        if self._learned is None:
+            started = time.perf_counter()
+            self._learned = self._calibrator.learn()
+            # Forward passes whose states are kept are the main pass's.
+            self.pass_seconds += self._calibrator.forward_seconds
+            self.calibration_seconds += time.perf_counter() - started - self._calibrator.forward_seconds
+        return self._learned
+
+    def write_missing(self, writer: "CacheWriter") -> None:
         """Writes every shard that nobody has committed."""
-        missing = self.writer.missing_shards()
+        from pmetal_distill.offline.background import BackgroundWriter
+        from pmetal_distill.offline.capture import on_gpu
+
+        missing = writer.missing_shards()
         if not missing:
             return
+        learned = self.learn()
         started = time.perf_counter()
-        coding = self._learn()
         total = sum(self._num_tokens(shard) for shard in missing)
-        with self.console.progress("caching", total=total, unit="tokens") as progress:
-            for shard in missing:
-                self._write_shard(shard, coding, progress)
-        self.seconds = time.perf_counter() - started
-
-    def _learn(self) -> "DriftMonitor | Codebook":
-        """What the whole data set is coded with: the same in every run and for every worker."""
-        if self.writer.dataset.target.tail == "sketch":
-            return self._calibrator.monitor()
-        return self._calibrator.codebook()
-
-    def _write_shard(self, shard: int, coding: "DriftMonitor | Codebook", progress: Progress) -> None:
-        numbers = self.writer.dataset.shard_range(shard)
-        if isinstance(coding, Codebook):
-            self.writer.write_shard(shard, self._sequences(numbers, None, progress), codebook=coding)
-            return
-        chosen = self._calibrator.of_shard(coding, numbers)
-        measured = {
-            f"{name}@{temperature:g}": getattr(error, name)
-            for temperature, error in chosen.error.items()
-            for name in ("gradient", "kl", "total_variation")
-        }
-        self.writer.write_shard(
-            shard,
-            self._sequences(numbers, chosen.map, progress),
-            basis=chosen.basis,
-            codebook=chosen.codebook,
-            measured={**measured, "refitted": float(chosen.basis is not coding.calibration.basis)},
-        )
-        if chosen.basis is not coding.calibration.basis:
-            self.console.note(f"shard {shard}: its text is unlike the sample, so it has a basis of its own")
+        with (
+            self.console.progress("caching", total=total, unit="tokens") as progress,
+            BackgroundWriter(writer) as out,
+        ):
+            batches = self._batches(writer, set(missing), learned, progress)
+            shard = -1
+            for batch in ahead(batches, QUEUED_BATCHES if on_gpu() else 0):
+                if batch.shard != shard:
+                    shard = batch.shard
+                    out.begin(shard, batch.coding.sidecars, measured=batch.coding.measured)
+                self._hand_over(batch, out, progress)
+        self.pass_seconds += time.perf_counter() - started
 
     def summary(self) -> dict[str, Any]:
-        """What this process has written."""
+        """What this process has written.
+
+        `tokens_per_second` counts all tokens over the time from the first batch to the last commit: forward
+        pass, capture, judging stretches, encoding and writing. Calibration, which happens once, stands apart.
+        """
         return {
             "new_tokens": self.tokens,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "seconds": self.pass_seconds + self.calibration_seconds,
+            "calibration_seconds": self.calibration_seconds,
+            "tokens_per_second": self.tokens / max(self.pass_seconds, 1e-9),
         }
 
     def _num_tokens(self, shard: int) -> int:
-        numbers = self.writer.dataset.shard_range(shard)
+        numbers = self._shard_range(shard)
         return int(self.data.sequence_lengths()[numbers.start : numbers.stop].sum())
 
-    def _sequences(
-        self, numbers: range, sketch: "CoordinateMap | None", progress: Progress
-    ) -> Iterator["CapturedSequence"]:
-        from pmetal_distill.offline.writer import CapturedSequence
+    def _shard_range(self, shard: int) -> range:
+        size = self.settings.sequences_per_shard
+        return range(shard * size, min((shard + 1) * size, self.data.num_sequences))
 
-        for states in self._runner.run(numbers):
-            length = len(states.token_ids)
-            yield CapturedSequence(
-                states.token_ids,
-                states.documents - states.documents.min(),
-                states.loss_mask,
-                self._targets(states, sketch),
-                states.layers,
-            )
-            self.tokens += length
-            progress.advance(length)
+    def _batches(
+        self,
+        writer: "CacheWriter",
+        missing: set[int],
+        learned: "Coding | DriftMonitor",
+        progress: Progress,
+    ) -> Iterator[CapturedBatch]:
+        """Batches of the missing shards, queued on the device one by one."""
+        for stretch in self._calibrator.stretches():
+            shards = [shard for shard in stretch if shard in missing and not writer.is_committed(shard)]
+            if not shards:
+                continue
+            coding = self._calibrator.of_stretch(learned, stretch)
+            for shard in shards:
+                if writer.is_committed(shard):  # by another process, since
+                    progress.advance(self._num_tokens(shard))
+                    continue
+                for states in self._runner.run(self._shard_range(shard)):
+                    yield self._queue(shard, coding, states)
 
-    def _targets(self, states: TeacherStates, sketch: "CoordinateMap | None") -> TargetArrays:
-        """Targets of every position of a sequence; zeros where the prediction is not trained."""
-        captured = self._capture(states, sketch)
-        targets = TargetArrays.empty(
-            len(states.token_ids), k=captured.k, num_nodes=captured.num_nodes, rank=captured.rank
+    def _queue(self, shard: int, coding: Coding, states: TeacherStates) -> CapturedBatch:
+        import mlx.core as mx
+
+        from pmetal_distill.offline.capture import PendingCapture, on_gpu
+
+        layers = {index: found.astype(mx.float32) for index, found in states.layers.items()}
+        capture = PendingCapture(
+            states.final,
+            self.teacher.logits if self.teacher.splits else lambda logits: logits,
+            self.spec,
+            sketch=coding.map,
+            chunk=self.settings.head_chunk,
+            place=states.place,
         )
-        for whole, part in zip(targets.parts(), captured.parts(), strict=True):
-            whole[states.loss_mask] = part
-        return targets
+        if on_gpu():
+            mx.async_eval(layers)
+        return CapturedBatch(shard, coding, states, capture, layers)
 
-    def _capture(self, states: TeacherStates, sketch: "CoordinateMap | None") -> TargetArrays:
-        """Targets of the trained positions, their logits made and dropped chunk by chunk."""
-        from pmetal_distill.offline.capture import capture_hidden
+    def _hand_over(self, batch: CapturedBatch, out: "BackgroundWriter", progress: Progress) -> None:
+        for sequence in batch.sequences():
+            out.add(sequence)
+            self.tokens += len(sequence.token_ids)
+            progress.advance(len(sequence.token_ids))
 
-        try:
-            return capture_hidden(
-                states.final,
-                self.teacher.logits if self.teacher.splits else lambda logits: logits,
-                self.writer.dataset.target,
-                sketch=sketch,
-                chunk=self.settings.head_chunk,
-            )
-        except NonFiniteError as error:
-            raise NonFiniteError(f"sequence {states.number}: {error}") from error
+
+def ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items; `count` more have been asked for when one is given out."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()

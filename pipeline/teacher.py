@@ -1,11 +1,13 @@
 """Runs the teacher's body over packed sequences. Costs its forward pass.
 
 Of the hidden states that the head takes only the trained positions are kept, so prompts that are not trained
-on cost no head product. States that a calibration pass has computed can be kept for the main pass.
+on cost no head product. States that a calibration pass has computed can be kept for the main pass. Nothing
+here waits for a device: arrays are computed when they are read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,23 +24,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherStates:
-    """What the teacher's body says about one sequence.
+    """What the teacher's body says about the sequences of a batch.
 
     Attributes:
-        number: of the sequence in the data set.
-        token_ids, documents: int32 [n].
-        loss_mask: bool [n].
-        final: [t, d] for the t trained positions, in order: what the head takes (logits [t, V] if the
-            teacher cannot be split).
-        layers: block -> float32 [n, d], for every position.
+        batch: their tokens, [B, L].
+        final: [t, d] for the t trained positions of all of them, in order: what the head takes (logits
+            [t, V] if the teacher cannot be split).
+        layers: block -> [B, L, d], for every position.
     """
 
-    number: int
-    token_ids: NDArray[np.int32]
-    documents: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
+    batch: TokenBatch
     final: "mx.array"
-    layers: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    layers: "Mapping[int, mx.array]" = field(default_factory=dict)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """int64 [B + 1]: rows `starts[i]:starts[i + 1]` of `final` are those of sequence i."""
+        return np.concatenate([[0], np.cumsum(self.batch.loss_mask.sum(axis=1))]).astype(np.int64)
+
+    def place(self, row: int) -> str:
+        """The name of a row of `final`, for messages."""
+        index = int(np.searchsorted(self.starts, row, side="right")) - 1
+        position = np.flatnonzero(self.batch.loss_mask[index])[row - self.starts[index]]
+        return f"sequence {self.batch.sequences[index]} position {position}"
+
+    def only(self, numbers: Sequence[int]) -> "TeacherStates":
+        """The same for some of the sequences, in the batch's order."""
+        wanted = set(numbers)
+        kept = [i for i, number in enumerate(self.batch.sequences) if number in wanted]
+        if len(kept) == len(self.batch.sequences):
+            return self
+        import mlx.core as mx
+
+        starts, sequences = self.starts, mx.array(kept)
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept]).astype(np.int32)
+        layers = {index: states[sequences] for index, states in self.layers.items()}
+        return TeacherStates(self.batch.only(kept), self.final[mx.array(rows)], layers)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,8 +82,9 @@ class TeacherRunner:
     batch_size: int
     layers: Sequence[int] = ()
     keep_tokens: int = 0
-    _kept: dict[int, list[TeacherStates]] = field(default_factory=dict)
+    _kept: dict[int, TeacherStates] = field(default_factory=dict)
     _kept_tokens: int = 0
+    _cut: tuple[int, TeacherStates] | None = None
 
     def batch_of(self, sequence: int) -> range:
         """The numbers of the sequences that share a forward pass with `sequence`."""
@@ -70,32 +92,46 @@ class TeacherRunner:
         return range(start, min(start + self.batch_size, self.dataset.num_sequences))
 
     def run(self, sequences: Sequence[int], *, keep: bool = False) -> Iterator[TeacherStates]:
-        """The named sequences, ascending, each in its own fixed batch."""
-        wanted = set(sequences)
-        for start in sorted({self.batch_of(number).start for number in wanted}):
-            yield from (states for states in self._batch(start, keep=keep) if states.number in wanted)
+        """The named sequences, ascending, those of one fixed batch together."""
+        for start, members in groupby(sorted(set(sequences)), key=lambda n: self.batch_of(n).start):
+            numbers = list(members)
+            states = self._batch(start, keep=keep)
+            part = states.only(numbers)
+            # The rest of a batch is mostly asked for next, where one shard ends and another begins.
+            self._cut = None if part is states else (start, states)
+            yield part
 
     def sample(self, sequences: Sequence[int]) -> Iterator[TeacherStates]:
         """The named sequences in the given order, batched with each other: cheap for a few spread ones."""
         for start in range(0, len(sequences), self.batch_size):
             numbers = [int(number) for number in sequences[start : start + self.batch_size]]
-            yield from self._forward(collate(self.dataset, numbers))
+            yield self._forward(collate(self.dataset, numbers))
 
-    def _batch(self, start: int, *, keep: bool) -> list[TeacherStates]:
+    def forget_before(self, sequence: int) -> None:
+        """Gives up kept states of batches that lie before a sequence."""
+        for start in [start for start in self._kept if start + self.batch_size <= sequence]:
+            self._kept_tokens -= len(self._kept.pop(start).final)
+
+    def _batch(self, start: int, *, keep: bool) -> TeacherStates:
         """States of a fixed batch; kept ones are given away once, unless `keep` asks to keep them on."""
+        import mlx.core as mx
+
         if start in self._kept:
             if keep:
                 return self._kept[start]
             states = self._kept.pop(start)
-            self._kept_tokens -= _num_rows(states)
+            self._kept_tokens -= len(states.final)
             return states
-        states = list(self._forward(collate(self.dataset, self.batch_of(start))))
-        if keep and self._kept_tokens + _num_rows(states) <= self.keep_tokens:
+        if self._cut is not None and self._cut[0] == start:
+            return self._cut[1]
+        states = self._forward(collate(self.dataset, self.batch_of(start)))
+        if keep and self._kept_tokens + len(states.final) <= self.keep_tokens:
+            mx.async_eval(states.final, dict(states.layers))
             self._kept[start] = states
-            self._kept_tokens += _num_rows(states)
+            self._kept_tokens += len(states.final)
         return states
 
-    def _forward(self, batch: TokenBatch) -> Iterator[TeacherStates]:
+    def _forward(self, batch: TokenBatch) -> TeacherStates:
         import mlx.core as mx
 
         token_ids = mx.array(batch.token_ids)
@@ -104,20 +140,5 @@ class TeacherRunner:
             final, layers = hidden.final, hidden.layers
         else:
             final, layers = self.model.full(token_ids, documents=batch.documents), {}
-        mx.eval(final, layers)
-        blocks = {index: np.array(states.astype(mx.float32)) for index, states in layers.items()}
-        for row, (number, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
-            mask = batch.loss_mask[row, :length]
-            rows = mx.array(np.flatnonzero(mask).astype(np.int32))
-            yield TeacherStates(
-                number=number,
-                token_ids=batch.token_ids[row, :length],
-                documents=batch.documents[row, :length],
-                loss_mask=mask,
-                final=final[row][rows],
-                layers={index: states[row, :length] for index, states in blocks.items()},
-            )
-
-
-def _num_rows(states: Sequence[TeacherStates]) -> int:
-    return sum(len(item.final) for item in states)
+        trained = mx.array(np.flatnonzero(batch.loss_mask).astype(np.int32))
+        return TeacherStates(batch, final.reshape(-1, final.shape[-1])[trained], layers)

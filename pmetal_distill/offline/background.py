@@ -3,7 +3,7 @@
 Row groups are encoded by several threads, written by one and sealed (read back, hashed, committed) by
 another. Each takes them in order, so bytes and commits are those of `CacheWriter.write_shard`. The threads
 use NumPy and Arrow only. Memory: `encoders` + 2 row groups of about 4,096 tokens, whatever the size of a
-shard; at most two finished shards wait on disk to be sealed.
+shard; at most eight finished shards wait on disk to be sealed.
 """
 
 import os
@@ -19,7 +19,7 @@ from pmetal_distill.offline.shard import EncodedGroup, Numbered, RowGroups, Shar
 from pmetal_distill.offline.writer import CacheWriter, CapturedSequence, Sidecars
 
 MOST_ENCODERS = 4
-UNSEALED_SHARDS = 2
+UNSEALED_SHARDS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,18 +1,20 @@
 """Calibration: from sampled tokens to a basis with its map, codebook and measured error; and the drift watch.
 
 Costs products and a few passes over the logits of at most 13k of the sampled tokens, made again in each pass
-from the hidden states (16k tokens of a 135M model on two cores: half a minute).
+from the hidden states (16k tokens of a 135M model on two cores: half a minute). On a GPU those passes run
+there; the products of the fit stay in NumPy's float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture
+from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, on_gpu
+from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
 from pmetal_distill.offline.sketch import (
     FittedSketch,
@@ -21,6 +23,7 @@ from pmetal_distill.offline.sketch import (
     fit_basis_logits,
     meant_tokens,
 )
+from pmetal_distill.target import TailBasis
 from schemas.arrays import Float32, Int32, TargetArrays, TokenRows
 from schemas.basis import NO_CEILING, SketchBasis, plan_groups
 from schemas.codebook import Codebook
@@ -80,15 +83,15 @@ class Sample:
     def __len__(self) -> int:
         return len(self.states)
 
-    def chunks(self) -> Iterator[tuple[Float32, Float32]]:
+    def chunks(self) -> Iterator[tuple[Float32, mx.array]]:
         """(hidden states, logits) of successive rows."""
         for start in range(0, len(self.states), self.chunk):
             states = self.states[start : start + self.chunk]
-            yield states, as_numpy(self.logits_of(mx.array(states)))
+            yield states, self.logits_of(mx.array(states))
 
     def logits(self) -> Iterator[Float32]:
         """The logits alone."""
-        return (logits for _, logits in self.chunks())
+        return (as_numpy(logits) for _, logits in self.chunks())
 
     def thinned(self, rows: int) -> "Sample":
         """At most `rows` of the rows, evenly spread."""
@@ -161,7 +164,7 @@ def calibrate(
 
 def sum_moments(sample: Sample) -> Moments:
     """Moments of all rows of a sample; what the teacher means, of at most 4096 of them."""
-    parts = [meant_tokens(logits) for logits in sample.thinned(_MEANT_ROWS).logits()]
+    parts = [_meant(logits) for _, logits in sample.thinned(_MEANT_ROWS).chunks()]
     meant = np.asarray(sum(parts[1:], parts[0]), np.float64)
     return Moments.of(sample.states, len(meant)).meaning(meant)
 
@@ -172,9 +175,18 @@ def measure(
     made: CoordinateMap | None,
     *,
     temperatures: tuple[float, ...] = TEMPERATURES,
+    tail: TailBasis | None = None,
 ) -> dict[float, TargetError]:
-    """Errors of a sample's targets, written, read and rebuilt."""
-    meter = ErrorMeter(codec.spec, codec.basis, temperatures)
+    """Errors of a sample's targets, written, read and rebuilt.
+
+    Args:
+        sample: rows to measure on.
+        codec: that writes and reads them.
+        made: makes their coordinates.
+        temperatures: where to measure.
+        tail: the basis of `codec` on a GPU, if it is there already.
+    """
+    meter = _meter(codec.spec, codec.basis, temperatures, tail=tail)
     for rows, logits, targets in _stored_chunks(sample, codec, made):
         meter.add(logits, targets, rows)
     return meter.result()
@@ -191,7 +203,7 @@ def as_stored(targets: TargetArrays, codec: Codec, token_ids: Int32 | None = Non
 
 def _stored_chunks(
     sample: Sample, codec: Codec, made: CoordinateMap | None
-) -> Iterator[tuple[Float32, Float32, TargetArrays]]:
+) -> Iterator[tuple[Float32, mx.array, TargetArrays]]:
     """(hidden states, logits, targets as a reader gets them) of successive rows."""
     start = 0
     for hidden, logits in sample.chunks():
@@ -222,6 +234,7 @@ class DriftMonitor:
     head: LinearWeights | None
     factor: float = DRIFT_FACTOR
     temperature: float = 2.0
+    _tails: list[TailBasis] = field(default_factory=list, init=False, repr=False)
 
     def drifted(self, error: Mapping[float, TargetError]) -> bool:
         """Whether these errors are out of bounds."""
@@ -234,9 +247,10 @@ class DriftMonitor:
             sample, held_back: tokens of the stretch, of different documents.
         """
         known = self.calibration
-        error = measure(
-            held_back, Codec(known.spec, known.basis, known.codebook), known.map, temperatures=TEMPERATURES
-        )
+        if on_gpu() and not self._tails:
+            self._tails.append(TailBasis.from_sketch(known.basis))
+        tail = self._tails[0] if self._tails else None
+        error = measure(held_back, Codec(known.spec, known.basis, known.codebook), known.map, tail=tail)
         kept = replace(known, error=error)
         if not self.drifted(error):
             return kept
@@ -294,9 +308,25 @@ def _with_best_margin(sample: Sample, codec: Codec, made: CoordinateMap) -> Sket
     """The basis of `codec` with the margin of least error; the coordinates do not depend on it."""
     assert codec.basis is not None
     bases = [replace(codec.basis, margin=margin) for margin in MARGINS]
-    meters = [ErrorMeter(codec.spec, basis, _MARGIN_TEMPERATURES) for basis in bases]
+    meters = [_meter(codec.spec, basis, _MARGIN_TEMPERATURES) for basis in bases]
     for rows, logits, targets in _stored_chunks(sample, codec, made):
         for meter in meters:
             meter.add(logits, targets, rows)
     scores = [sum(e.gradient for e in meter.result().values()) for meter in meters]
     return bases[int(np.argmin(scores))]
+
+
+def _meter(
+    spec: TargetSpec,
+    basis: SketchBasis | None,
+    temperatures: tuple[float, ...],
+    *,
+    tail: TailBasis | None = None,
+) -> ErrorMeter | DeviceErrorMeter:
+    if basis is None or not on_gpu():
+        return ErrorMeter(spec, basis, temperatures)
+    return DeviceErrorMeter(spec, tail or TailBasis.from_sketch(basis), temperatures)
+
+
+def _meant(logits: mx.array) -> npt.NDArray[np.float64]:
+    return meant_on_device(logits) if on_gpu() else meant_tokens(as_numpy(logits))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.offline.capture import Rows, as_numpy
 from pmetal_distill.offline.rebuild import reconstruct_logprobs
 from schemas.arrays import Float32, TargetArrays
 from schemas.basis import SketchBasis
@@ -13,7 +14,8 @@ from schemas.spec import TargetSpec
 from schemas.tail import tail_logits
 
 TEMPERATURES = (1.0, 2.0, 4.0)
-_DIRECTIONS, _ROWS = 64, 64
+DIRECTIONS = 64
+_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,11 @@ class ErrorMeter:
     basis: SketchBasis | None = None
     temperatures: Sequence[float] = TEMPERATURES
     tokens: int = 0
-    _features: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(_DIRECTIONS))
+    _features: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(DIRECTIONS))
     _sums: dict[float, _Sums] = field(default_factory=dict)
     _directions: Float32 | None = None
 
-    def add(self, logits: Float32, targets: TargetArrays, features: Float32) -> None:
+    def add(self, logits: Rows, targets: TargetArrays, features: Float32) -> None:
         """Counts rows in.
 
         Args:
@@ -69,12 +71,12 @@ class ErrorMeter:
             targets: the same rows, as a reader gets them.
             features: [n, d], final hidden states (or anything that a student's hidden states resemble).
         """
-        projected = self._projected(features)
+        logits, projected = as_numpy(logits), self._projected(features)
         self._features += projected.sum(axis=0, dtype=np.float64)
         self.tokens += len(logits)
         for start in range(0, len(logits), _ROWS):
             rows = slice(start, start + _ROWS)
-            self._add_block(np.asarray(logits[rows], np.float32), targets[rows], projected[rows])
+            self._add_block(logits[rows], targets[rows], projected[rows])
 
     def result(self) -> dict[float, TargetError]:
         """Errors per temperature; empty before any row."""
@@ -82,8 +84,7 @@ class ErrorMeter:
 
     def _projected(self, features: Float32) -> Float32:
         if self._directions is None:
-            shape = (features.shape[1], _DIRECTIONS)
-            self._directions = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            self._directions = directions(features.shape[1])
         return np.asarray(features, np.float32) @ self._directions
 
     def _add_block(self, logits: Float32, targets: TargetArrays, features: Float32) -> None:
@@ -100,7 +101,7 @@ class ErrorMeter:
     def _of(self, temperature: float) -> _Sums:
         if temperature not in self._sums:
             vocab_size = self.spec.vocab_size
-            wrong, right = (np.zeros((_DIRECTIONS, vocab_size), np.float32) for _ in range(2))
+            wrong, right = (np.zeros((DIRECTIONS, vocab_size), np.float32) for _ in range(2))
             self._sums[temperature] = _Sums(0.0, 0.0, wrong, right, np.zeros(vocab_size))
         return self._sums[temperature]
 
@@ -119,6 +120,12 @@ class ErrorMeter:
         centred = sums.right - np.outer(self._features, sums.mean / self.tokens)
         gradient = np.linalg.norm(sums.wrong) / max(float(np.linalg.norm(centred)), 1e-30)
         return TargetError(sums.kl / self.tokens, sums.variation / self.tokens, float(gradient))
+
+
+def directions(width: int) -> Float32:
+    """float32 [d, 64]: the random directions, always the same, along which gradients are compared."""
+    shape = (width, DIRECTIONS)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def target_error(
