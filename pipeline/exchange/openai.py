@@ -69,13 +69,14 @@ class OpenAISource(Source):
         positions, echo = _described(choice, where)
         prompt = None if echo else self._prompt(record, body, choice, where)
         own = self._own_ids(positions, body, choice, where, echo=echo)
-        rows = [self._entries(p, int(i), where) for p, i in zip(positions, own, strict=True)]
+        longest = max(len(p.top) for p in positions)
+        rows = [self._entries(p, int(i), longest, where) for p, i in zip(positions, own, strict=True)]
         if prompt is None:
             return sequence_of_rows(own, rows[1:], where)
         silent: list[list[Entry]] = [[] for _ in prompt[1:]]
         return sequence_of_rows(np.concatenate([prompt, own]), silent + rows, where)
 
-    def _entries(self, position: _Position, own: int, where: str) -> list[Entry]:
+    def _entries(self, position: _Position, own: int, longest: int, where: str) -> list[Entry]:
         entries = []
         for token, data, logprob in position.top:
             if not is_logprob(logprob):
@@ -87,7 +88,7 @@ class OpenAISource(Source):
                 self.dropped[UNMAPPED] += 1
                 return []
             entries.append((token_id, float(logprob)))  # type: ignore[arg-type]
-        kept = without_gap(entries, own)
+        kept = without_gap(entries, own, longest=longest) if entries else []
         self.dropped[GAP] += len(entries) - len(kept)
         return [(token_id, logprob) for token_id, logprob in kept if logprob > LEAST_LOGPROB]
 
@@ -149,7 +150,7 @@ class OpenAISource(Source):
 def _described(choice: Mapping[str, Any], where: str) -> tuple[list[_Position], bool]:
     """The described tokens, and whether they begin with the text's first (which nothing describes)."""
     logprobs = choice.get("logprobs")
-    if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
+    if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list) and logprobs["content"]:
         return [_chat_position(p, where) for p in logprobs["content"]], False
     if isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list):
         tokens, tops = logprobs.get("tokens"), logprobs["top_logprobs"]

@@ -1,4 +1,8 @@
-"""What an import will store: head size, tail, and in words what is lost. Decided after the survey."""
+"""What an import will store: head size, tail, and in words what is lost. Decided after the survey.
+
+Rows may have different numbers of entries. With a tail all need k, so k is what 99 of 100 rows have and the
+others lose their target. Without one short rows can be filled up, so k is what one row in ten has.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +15,8 @@ from schemas.errors import UsageError
 from schemas.spec import DEFAULT_NODES, TargetSpec
 
 DENSE_TOP_K = 16
+NEARLY_ALL = 0.99
+SOME = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def make_plan(settings: ImportSettings, source: Source, survey: Survey) -> Plan:
             "their total, found 'bucket'; leave --tail out"
         )
     most = min(survey.widest, survey.vocab_size - 1)
-    k = _head_size(settings.top_k or min(survey.narrowest, most), most)
+    k = _head_size(settings.top_k or min(survey.entries_of(NEARLY_ALL), most), most)
     below = survey.rows_below(k)
     lost = (
         "nothing at T=1 but the tail's shape; above T=1 the tail's mass is interpolated between T=1 and "
@@ -67,7 +73,7 @@ def make_plan(settings: ImportSettings, source: Source, survey: Survey) -> Plan:
 
 def _renormalised(settings: ImportSettings, source: Source, survey: Survey) -> Plan:
     most = survey.widest
-    k = _head_size(settings.top_k or most, most)
+    k = _head_size(settings.top_k or survey.entries_of(SOME), most)
     spec = TargetSpec(survey.vocab_size, k=k, tail="none")
     if source.mass_known:
         outside = max(0.0, 1 - survey.mass / survey.num_targets)

@@ -56,9 +56,18 @@ def sequence_of_rows(token_ids: Int32, rows: list[list[Entry]], where: str) -> S
     return SourceSequence(where, token_ids, np.zeros_like(token_ids), heads.counts > 0, heads)
 
 
-def without_gap(entries: list[Entry], own: int | None) -> list[Entry]:
-    """Without the text's own token where it is the least likely: it may be far below the one before it."""
-    if entries and min(entries, key=lambda entry: entry[1])[0] == own:
+def without_gap(entries: list[Entry], own: int, *, longest: int) -> list[Entry]:
+    """Entries without ranks, less the text's own token where it may stand far below the one before it.
+
+    It is added to the top (or takes the place of its last) when it is not among them, so it may do so only
+    where it is the least likely and the list is as long as lists get.
+
+    Args:
+        entries: of one position.
+        own: the text's token there.
+        longest: most entries of a position of this record.
+    """
+    if len(entries) == longest and min(entries, key=lambda entry: entry[1])[0] == own:
         return [entry for entry in entries if entry[0] != own]
     return entries
 

@@ -51,10 +51,10 @@ class Survey:
         """Most entries of a trained row."""
         return int(np.flatnonzero(self.rows_by_count)[-1])
 
-    @property
-    def narrowest(self) -> int:
-        """Fewest entries of a trained row."""
-        return int(np.flatnonzero(self.rows_by_count)[0])
+    def entries_of(self, share: float) -> int:
+        """The largest number of entries that at least this share of the trained rows has."""
+        at_least = np.cumsum(self.rows_by_count[::-1])[::-1]
+        return int(np.flatnonzero(at_least >= share * at_least[0])[-1])
 
     def rows_below(self, count: int) -> int:
         """Trained rows with fewer entries than `count`."""

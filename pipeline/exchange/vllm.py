@@ -72,6 +72,7 @@ class VllmSource(Source):
                 f"{where}: {name} must have one entry a token, found {len(positions)} for {len(token_ids)}; "
                 "write them as vLLM gives them"
             )
+        longest = max((len(position) for position in positions), default=0)
         rows = []
         for number, (position, own) in enumerate(zip(positions, token_ids.tolist(), strict=True)):
             if position and str(own) not in position:
@@ -79,15 +80,15 @@ class VllmSource(Source):
                     f"{where}: {name} entry {number} must hold the text's own token {own}, found "
                     f"{list(position)[:5]}; see that tokens and entries are not shifted"
                 )
-            rows.append(self._entries(position, own, f"{where} {name} entry {number}"))
+            rows.append(self._entries(position, own, longest, f"{where} {name} entry {number}"))
         return rows
 
-    def _entries(self, position: Mapping[str, Any], own: int, where: str) -> list[Entry]:
+    def _entries(self, position: Mapping[str, Any], own: int, longest: int, where: str) -> list[Entry]:
         """The unbroken top of one position."""
         entries = [_entry(token, value, where) for token, value in position.items()]
         ranks = [rank for _, _, rank in entries]
         if None in ranks:
-            kept = without_gap([(token, logprob) for token, logprob, _ in entries], own)
+            kept = without_gap([(token, logprob) for token, logprob, _ in entries], own, longest=longest)
         else:
             entries.sort(key=lambda entry: entry[2] or 0)
             kept = [(t, p) for n, (t, p, rank) in enumerate(entries, start=1) if rank == n]

@@ -45,15 +45,15 @@ class Vocabulary:
 
     def id_of(self, text: object, data: object = None) -> int | None:
         """The only token that is shown as `text`, or whose bytes are `data` where they are given."""
+        named = _ID_TOKEN.fullmatch(text) if isinstance(text, str) else None
+        if named:  # vLLM gives the bytes of this string, not of the token
+            return int(named.group(1))
         if isinstance(data, list) and all(type(b) is int and 0 <= b < 256 for b in data):
             raw = bytes(data)
             if _REPLACEMENT.encode() not in raw:
                 return self.by_bytes.get(raw)
         if not isinstance(text, str) or _REPLACEMENT in text:
             return None
-        named = _ID_TOKEN.fullmatch(text)
-        if named:
-            return int(named.group(1))
         return self.by_bytes.get(text.encode("utf-8", errors="surrogatepass"))
 
 
