@@ -11,15 +11,14 @@ from pipeline.console import Console
 from pipeline.settings import TrainSettings
 from pipeline.training.checkpoints import Checkpoint, Checkpoints
 from pipeline.training.config import distill_config
-from pipeline.training.folder import CONFIG, METRICS, RunFolder
+from pipeline.training.folder import RunFolder
 from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
 from pipeline.training.log import RunLog
+from pipeline.training.memory import check_memory
 from pipeline.training.reporting import Metrics, begin_services
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Loop
-
-__all__ = ["CONFIG", "METRICS", "run_train"]
 
 
 def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def _run(settings: TrainSettings, folder: RunFolder, console: Console) -> dict[s
         console.note(hint)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
     checkpoint = _checkpoint(settings, folder, checkpoints, console)
-    loop = _prepare(settings, checkpoints, checkpoint, console)
+    loop = prepare_loop(settings, checkpoints, checkpoint, console)
     folder.save_settings(settings)
     callback = begin_services(settings)
     with Metrics(folder.metrics, after=loop.iteration, callback=callback) as metrics:
@@ -84,10 +83,16 @@ def _checkpoint(
     return checkpoint
 
 
-def _prepare(
+def prepare_loop(
     settings: TrainSettings, checkpoints: Checkpoints, checkpoint: Checkpoint | None, console: Console
 ) -> "Loop":
-    """Student, data and distiller, at the beginning or where the checkpoint was written."""
+    """Student, data and distiller, at the beginning or where the checkpoint was written.
+
+    Raises:
+        CheckpointError: the checkpoint was made from another student or other data.
+        UsageError: the run would not fit into memory.
+        IncompatibleError: student and data do not fit.
+    """
     import mlx.core as mx
 
     from pipeline.training.loop import Loop
@@ -109,6 +114,7 @@ def _prepare(
         distill_config(settings, source.hidden_layers),
         optimizer=build_optimizer(settings),
     )
+    check_memory(settings, source, distiller, console)
     made_from = {"settings": deciding_settings(settings), "content": content}
     validator = Validator(settings, source, distiller)
     loop = Loop(settings, source, distiller, validator, checkpoints, made_from, RunLog(distiller))
