@@ -17,7 +17,7 @@ from pipeline.settings import TrainSettings
 @settings_options(TrainSettings)
 @console_options
 def command(config: Path | None, console: Console, **options: Any) -> None:
-    """Train a student from a cache. Option beats configuration file beats default."""
+    """Train a student from a cache or beside a live teacher. Option beats file beats default."""
     settings = resolve(TrainSettings, load_config(config, TrainSettings) if config else {}, given(options))
     from pipeline.training.run import run_train
 
