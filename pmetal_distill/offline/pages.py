@@ -9,18 +9,14 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
+from pmetal_distill.offline.thrift import CompactReader, Value
 from schemas.errors import CorruptionError
 
 MAX_HEADER_BYTES = 1 << 10
-_MAX_DEPTH = 4
-_MAX_FIELDS = 64
 _DATA_PAGE = 0
 _PLAIN, _DELTA = 0, 5
 _TYPE, _UNPACKED, _PACKED, _CRC, _DATA_HEADER = 1, 2, 3, 4, 5
 _NUM_VALUES, _ENCODING = 1, 2
-
-Value = int | bytes | dict[int, "Value"]
-Struct = dict[int, Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +46,16 @@ def check_pages(handle: BinaryIO, meta: pq.FileMetaData, group: int, column: int
 
     Args:
         handle: the file.
-        meta: its footer.
+        meta: its footer, whose structure was checked.
         group, column: which chunk.
         width: bytes of a value, 0 for an integer or truth value.
 
     Raises:
-        CorruptionError: the chunk does not lie in the file, is not zstd, or a page is no data page, has no
-            CRC, promises other rows or unpacks to more than its rows take.
+        CorruptionError: a page is no data page, leaves the chunk, has no CRC, promises other rows or unpacks to
+            more than its rows take.
     """
     chunk = meta.row_group(group).column(column)
     where = f"row group {group} column {chunk.path_in_schema}"
-    if chunk.compression != "ZSTD" or chunk.has_dictionary_page or chunk.file_path:
-        raise CorruptionError(f"{where}: must be zstd in this file without a dictionary, found another")
     allowed = (_PLAIN,) if width else (_PLAIN, _DELTA)
     rows, left = 0, chunk.num_values
     for page in read_pages(handle, chunk.data_page_offset, chunk.total_compressed_size, where=where):
@@ -100,8 +94,8 @@ def read_pages(handle: BinaryIO, start: int, num_bytes: int, *, where: str) -> l
 
 
 def _page(offset: int, data: bytes) -> Page:
-    cursor = _Compact(data)
-    fields = cursor.struct()
+    reader = CompactReader(data)
+    fields = reader.struct()
     if fields[_TYPE] != _DATA_PAGE:
         raise ValueError(f"page type {fields[_TYPE]!r}")
     header = fields[_DATA_HEADER]
@@ -117,63 +111,10 @@ def _page(offset: int, data: bytes) -> Page:
         or min(packed, unpacked, values) < 0
     ):
         raise ValueError(f"sizes {numbers}")
-    return Page(offset, cursor.at, packed, unpacked, values, encoding, crc)
+    return Page(offset, reader.at, packed, unpacked, values, encoding, crc)
 
 
 def _number(value: Value | None) -> int | None:
     if value is not None and not isinstance(value, int):
         raise TypeError(f"{type(value).__name__} for a number")
     return value
-
-
-class _Compact:
-    """Thrift's compact protocol, as much of it as a page header may use: no lists, no maps."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self.at = data, 0
-
-    def struct(self, depth: int = 0) -> Struct:
-        if depth > _MAX_DEPTH:
-            raise ValueError("nested too deeply")
-        fields: Struct = {}
-        number = 0
-        while (byte := self._byte()) != 0:
-            number = number + (byte >> 4) if byte >> 4 else self._signed()
-            if number in fields or len(fields) == _MAX_FIELDS:
-                raise ValueError(f"field {number} twice")
-            fields[number] = self._value(byte & 15, depth)
-        return fields
-
-    def _value(self, kind: int, depth: int) -> Value:
-        if kind in (1, 2):
-            return kind == 1
-        if kind == 3:
-            return self._byte()
-        if kind in (4, 5, 6):
-            return self._signed()
-        if kind == 8:
-            size = self._varint()
-            self.at += size
-            if self.at > len(self._data):
-                raise IndexError("a string that leaves the header")
-            return self._data[self.at - size : self.at]
-        if kind == 12:
-            return self.struct(depth + 1)
-        raise ValueError(f"field of kind {kind}")
-
-    def _byte(self) -> int:
-        self.at += 1
-        return self._data[self.at - 1]
-
-    def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 63, 7):
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number of more than 63 bits")
-
-    def _signed(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmetal_distill.offline.commit import check_folder, hash_stream, open_plain
+from pmetal_distill.offline.footer import check_structure
 from pmetal_distill.offline.pages import check_pages
 from pmetal_distill.offline.store import Store
 from schemas.arrays import TargetArrays, TokenRows
@@ -165,6 +166,7 @@ class ShardReader:
         handle = open_plain(self._store.root / "shards" / ref.name)
         try:
             self._check_bytes(handle, ref)
+            self._check_footer(handle, ref)
             return OpenFile(handle, open_parquet(handle, where=f"shards/{ref.name}"))
         except BaseException:
             handle.close()
@@ -183,6 +185,12 @@ class ShardReader:
             raise CorruptionError(f"{where}: {must}, found {digest[:16]}; {advice}")
         self._checked.add((ref, status))
 
+    def _check_footer(self, handle: BinaryIO, ref: FileRef) -> None:
+        key = ("footer", ref, file_identity(handle))
+        if key not in self._checked:
+            check_structure(handle, where=f"shards/{ref.name}")
+            self._checked.add(key)
+
 
 def _close_all(files: OpenFiles) -> None:
     while files:
@@ -199,10 +207,10 @@ def open_parquet(handle: BinaryIO, *, where: str) -> pq.ParquetFile:
     """A Parquet file with page CRCs checked and its footer's sizes limited.
 
     Raises:
-        CorruptionError: not Parquet.
+        CorruptionError: not Parquet, or names of columns that are not text.
     """
     try:
-        return pq.ParquetFile(
+        file = pq.ParquetFile(
             handle,
             memory_map=False,
             pre_buffer=False,
@@ -210,8 +218,11 @@ def open_parquet(handle: BinaryIO, *, where: str) -> pq.ParquetFile:
             thrift_string_size_limit=_THRIFT_LIMIT,
             thrift_container_size_limit=_THRIFT_LIMIT,
         )
+        for column in range(file.metadata.num_columns):
+            file.metadata.schema.column(column).path.encode()
     except _DAMAGE as error:
         raise CorruptionError(f"{where}: must be a Parquet file, found {error}") from error
+    return file
 
 
 def check_footer(
