@@ -15,10 +15,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
+from pmetal_distill.losses.chunk import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.hidden import HiddenAligner, layer_pairs
@@ -27,6 +29,7 @@ from pmetal_distill.losses.taid import TaidState
 from pmetal_distill.modelling.documents import holds_one_document
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.parallel import World
 from pmetal_distill.schedule import TemperatureSchedule
 from pmetal_distill.target import SoftTarget
 from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
@@ -44,6 +47,8 @@ class Distiller:
         student: is trained in place: its trainable parameters, and only those.
         config: what to do.
         optimizer: any of `mlx.optimizers`; AdamW with learning rate 1e-5 if None.
+        world: the processes that train together, each on its part of every batch; this one alone if None.
+            Their losses and weights are those of one process with the whole batch, but for rounding.
 
     Attributes:
         trained: the module that learns: `student`, and `aligner` with projections if there are any.
@@ -61,9 +66,11 @@ class Distiller:
         config: DistillConfig | None = None,
         *,
         optimizer: optim.Optimizer | None = None,
+        world: World | None = None,
     ) -> None:
         self.config = config or DistillConfig()
         self.student = student
+        self.world = world or World()
         if student.head is None:
             raise ModelError(f"{student.source}: a student must have a linear head that can be split off")
         self.teacher = _teacher(teacher, student.vocab_size)
@@ -90,14 +97,18 @@ class Distiller:
             batch: of the cache, or for a live teacher also token ids [B, L].
 
         Returns:
-            the loss before the update and its components, evaluated.
+            the loss before the update and its components, evaluated; of the whole batch of all processes.
 
         Raises:
             IncompatibleError: the batch does not fit the teacher.
+            PeerLostError: another process is gone.
         """
         self.trained.train()
         inputs, template = self._inputs(batch)
         parts, gradients = self._function(inputs, template)(inputs)
+        if self.world.size > 1:
+            parts = LossParts(*self.world.sum(mx.stack(list(parts))))
+            gradients = self.world.sum_gradients(gradients)
         # Apart from the update, whose new arrays would otherwise be made while activations are still there.
         mx.async_eval(parts, gradients)
         self._collect(gradients)
@@ -195,7 +206,17 @@ class Distiller:
             "alpha": mx.array(self.config.alpha_at(self.updates)),
             "share": None if self._taid is None else mx.array(self._taid.t),
         }
+        if self.world.size > 1:
+            inputs |= self._counts(text)
         return {name: value for name, value in inputs.items() if value is not None}, soft
+
+    def _counts(self, text: TrainingBatch) -> Arrays:
+        """Tokens of the whole batch, [soft, hard], and which share of them is here."""
+        mask = np.asarray(text.loss_mask, np.float32)
+        labelled = mask * (np.asarray(text.labels) != IGNORE_INDEX)
+        own = mx.array(np.stack([mask.sum(), labelled.sum()]))
+        total = self.world.sum(own)
+        return {"counts": total, "own_share": own[0] / mx.maximum(total[0], 1)}
 
     def _function(
         self, inputs: Arrays, template: SoftTarget
@@ -228,12 +249,13 @@ class Distiller:
                 divergence=self.config.divergence,
                 alpha=inputs["alpha"],
                 teacher_share=inputs.get("share"),
+                counts=tuple(inputs["counts"]) if "counts" in inputs else None,
                 options=self._options,
             )
             if not self._pairs:
                 return parts
             layers = {int(name): states for name, states in inputs["layers"].items()}
-            hidden = self.trained.aligner(states.layers, layers, inputs["mask"])
+            hidden = self.trained.aligner(states.layers, layers, inputs["mask"]) * inputs.get("own_share", 1)
             return parts.with_hidden(hidden, self.config.hidden_weight)
 
         return loss
