@@ -1,4 +1,7 @@
-"""Strict YAML files: a key given twice is an error with its line, `1e-5` is a number. Cheap to import."""
+"""Strict YAML files: a key given twice is an error with its line, `1e-5` is a number. Cheap to import.
+
+Files are bounded, also in what aliases make of them: a recipe from a stranger must not fill the memory.
+"""
 
 import os
 import re
@@ -7,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pmetal_distill.plain_files import open_regular
 from schemas.errors import UsageError
 
 Keys = tuple[str, ...]
@@ -16,10 +20,20 @@ Lines = dict[Keys, int]
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_INT_TAG = "tag:yaml.org,2002:int"
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_INTEGER_CHARACTERS = 40
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    def construct_short_int(self, node: yaml.ScalarNode) -> int:
+        """Numbers of base 60 take quadratic time, and Python does not print integers of 4300 digits."""
+        if len(node.value) > MAX_INTEGER_CHARACTERS:
+            problem = f"an integer of {len(node.value)} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(self.construct_yaml_int(node))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -27,6 +41,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.add_constructor(_INT_TAG, _Loader.construct_short_int)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
@@ -44,11 +59,16 @@ def write_yaml(value: Any, path: Path) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(
             f"{path}: must be a readable file, found: {error.strerror}; check the path"
         ) from error
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: must have at most {MAX_BYTES} bytes, found more; give a smaller file")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: must be UTF-8, found: {error.reason}; convert the file") from error
 
@@ -80,38 +100,52 @@ def _construct(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         if not isinstance(root, yaml.MappingNode):
             raise UsageError(f"{path}: must be a mapping, found something else; write 'key: value' lines")
         lines: Lines = {}
-        _index(root, (), lines, {}, path)
-        return {str(key): value for key, value in loader.construct_document(root).items()}, lines
+        if _index(root, (), lines, {}, path) > MAX_NODES:
+            raise UsageError(f"{path}: must hold at most {MAX_NODES} values with its aliases, found more")
+        values = loader.construct_document(root)
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}: must be a mapping, found a {type(values).__name__}; take its tag away")
+        return {str(key): value for key, value in values.items()}, lines
     finally:
         loader.dispose()
 
 
-def _index(node: yaml.Node, keys: Keys, lines: Lines, done: dict[int, bool], path: Path) -> None:
-    """Notes the line of every key; refuses a key given twice and an alias inside its own anchor."""
-    if id(node) in done:
-        if not done[id(node)]:
+def _index(node: yaml.Node, keys: Keys, lines: Lines, sizes: dict[int, int], path: Path) -> int:
+    """Notes the line of every key; the number of values below, aliases spelled out.
+
+    Refuses a key given twice, a key that is no plain value, and an alias inside its own anchor.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
             raise UsageError(f"{path}: '{'.'.join(keys)}' must not contain itself, found an alias that does")
-        return
-    done[id(node)] = False
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    size = 1
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             lines[(*keys, str(number))] = item.start_mark.line + 1
-            _index(item, (*keys, str(number)), lines, done, path)
+            size += _index(item, (*keys, str(number)), lines, sizes, path)
     elif isinstance(node, yaml.MappingNode):
-        _index_mapping(node, keys, lines, done, path)
-    done[id(node)] = True
+        size += _index_mapping(node, keys, lines, sizes, path)
+    sizes[id(node)] = size
+    return size
 
 
 def _index_mapping(
-    node: yaml.MappingNode, keys: Keys, lines: Lines, done: dict[int, bool], path: Path
-) -> None:
+    node: yaml.MappingNode, keys: Keys, lines: Lines, sizes: dict[int, int], path: Path
+) -> int:
     here: dict[str, int] = {}
+    size = 0
     for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UsageError(f"{path}:{line}: must be YAML with plain keys, found a list or mapping")
+        key = str(key_node.value)
         if key in here and key_node.tag != _MERGE_TAG:
             name = ".".join((*keys, key))
             raise UsageError(
                 f"{path}:{line}: '{name}' must stand once, found it in line {here[key]} too; keep one"
             )
         here[key] = lines[(*keys, key)] = line
-        _index(value_node, (*keys, key), lines, done, path)
+        size += _index(value_node, (*keys, key), lines, sizes, path)
+    return size

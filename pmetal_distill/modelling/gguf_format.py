@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pmetal_distill.plain_files import open_regular
 from schemas.errors import ModelError
 
 MAGIC = b"GGUF"
@@ -125,7 +126,7 @@ class GGUFFile:
         info = self.tensors[name]
         codec = _CODECS[info.type_name]
         out = np.empty(math.prod(info.shape), np.float32)
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.data_start + info.offset)
             left, at = info.num_bytes // codec.dtype.itemsize, 0
             while left:
@@ -195,7 +196,7 @@ def read_gguf(path: Path) -> GGUFFile:
             that is not one of `SUPPORTED_TYPES`.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _read_header(_Cursor(file, path), path)
     except OSError as error:
         raise ModelError(

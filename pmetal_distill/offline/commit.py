@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from pmetal_distill.plain_files import open_regular
 from schemas.errors import CacheError, CorruptionError, PmetalError
 
 TMP = "_tmp"
@@ -209,15 +209,11 @@ def open_plain(path: Path) -> BinaryIO:
         CorruptionError: missing, a link, or not a regular file.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open_regular(path, follow_links=False)
     except OSError as error:
         raise CorruptionError(
             f"{_place(path)}: must be a plain readable file, found {error.strerror}"
         ) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CorruptionError(f"{_place(path)}: must be a plain file, found a folder or device")
-    return os.fdopen(handle, "rb")
 
 
 def read_plain(path: Path, *, max_bytes: int) -> bytes:

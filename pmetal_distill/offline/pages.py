@@ -51,8 +51,8 @@ def check_pages(handle: BinaryIO, meta: pq.FileMetaData, group: int, column: int
         width: bytes of a value, 0 for an integer or truth value.
 
     Raises:
-        CorruptionError: a page is no data page, leaves the chunk, has no CRC, promises other rows or unpacks to
-            more than its rows take.
+        CorruptionError: a page is no data page, leaves the chunk, has no CRC, promises other rows or unpacks
+            to more than its rows take.
     """
     chunk = meta.row_group(group).column(column)
     where = f"row group {group} column {chunk.path_in_schema}"
