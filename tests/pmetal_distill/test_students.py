@@ -21,7 +21,7 @@ from pmetal_distill.models import (
     save_model,
     wrap_model,
 )
-from pmetal_distill.students import evenly_spaced, fresh_student, init_student, prune_layers
+from pmetal_distill.students import evenly_spaced, fresh_student, init_student, prune_layers, shared_rows
 from schemas.errors import ModelError, UsageError
 from tests.tiny import random_model, tiny_config
 
@@ -209,6 +209,41 @@ class TestFreshStudent:
         assert mx.random.normal((3,)).tolist() == expected
         a, b, c = ((path / "model.safetensors").read_bytes() for path in paths)
         assert a == b != c
+
+    @pytest.mark.parametrize("own_tie", [True, False])
+    @pytest.mark.parametrize("tie", [True, False])
+    @pytest.mark.parametrize(("own_size", "size"), [(320, 384), (384, 320)])
+    def test_embeddings_of_the_teacher(
+        self, teacher: LoadedModel, tie: bool, own_tie: bool, size: int, own_size: int, tmp_path: Path
+    ) -> None:
+        config = tiny_config(vocab_size=size, tie=tie)
+        giver = wrap_model(random_model(config), teacher.tokenizer, config)
+        own = tiny_config(vocab_size=own_size, tie=own_tie, num_layers=1)
+        plain, given = (
+            weights_of(load_model(fresh_student(own, teacher.tokenizer, tmp_path / name, 0, teacher=t)))
+            for name, t in (("plain", None), ("given", giver))
+        )
+        source = weights_of(giver)
+        embedding = "model.embed_tokens.weight"
+        expected = {embedding: embedding}
+        if not own_tie:
+            expected["lm_head.weight"] = embedding if tie else "lm_head.weight"
+        assert shared_rows(own, giver) == 320
+        for name, value in given.items():
+            begun = np.array(plain[name])
+            if name in expected:
+                begun[:320] = np.array(source[expected[name]])[:320]
+            np.testing.assert_array_equal(np.array(value), begun, err_msg=name)
+
+    def test_embeddings_of_another_width_are_not_shared(self, teacher: LoadedModel, tmp_path: Path) -> None:
+        config = tiny_config(hidden_size=40, num_layers=1)
+        assert shared_rows(config, teacher) == 0
+        paths = [
+            fresh_student(config, teacher.tokenizer, tmp_path / name, 0, teacher=giver)
+            for name, giver in (("a", None), ("b", teacher))
+        ]
+        a, b = ((path / "model.safetensors").read_bytes() for path in paths)
+        assert a == b
 
     @pytest.mark.parametrize(("size", "found"), [(319, "found 319"), (None, "found None")])
     def test_a_vocabulary_too_small(
