@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from pipeline.console import printable
 from schemas.errors import PmetalError
 
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "pull": "pipeline.commands.pull",
     "eval": "pipeline.commands.eval",
     "report": "pipeline.commands.report",
+    "import": "pipeline.commands.import_",
     "demo": "pipeline.commands.demo",
 }
 
@@ -70,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except PmetalError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "check the path, its permissions and the space on its disk"
+        click.echo(printable(f"error: {place}{error.strerror or error}; {advice}"), err=True)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; what was committed is kept, --resume continues", err=True)
         sys.exit(130)
