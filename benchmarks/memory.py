@@ -19,7 +19,8 @@ import pmetal_distill  # noqa: F401  (BLAS before MLX)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.pipeline_gpu import write_model, write_text
+from benchmarks.letters import write_letters
+from benchmarks.pipeline_gpu import write_model
 from pipeline.cache import run_cache
 from pipeline.console import Console
 from pipeline.settings import CacheSettings, LoraParameters, TrainSettings
@@ -66,7 +67,7 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> None:
             weights = mx.load(str(folder / name / "model.safetensors"))
             wide = {key: array.astype(mx.float32) for key, array in weights.items()}
             mx.save_safetensors(str(folder / name / "model.safetensors"), wide, metadata={"format": "mlx"})
-    write_text(folder / "text.jsonl", documents=4 * options.batch, characters=2 * options.length)
+    write_letters(folder / "text.jsonl", documents=4 * options.batch, characters=2 * options.length)
     settings = CacheSettings(
         teacher=str(folder / "teacher"),
         data=str(folder / "text.jsonl"),

@@ -1,0 +1,196 @@
+"""A training step from a cache against mlx-lm's cross-entropy step: same student, same tokens, in one run.
+
+    python benchmarks/train_step.py                       both sizes, about four minutes on two CPU cores
+    python benchmarks/train_step.py --sizes tiny
+    python benchmarks/train_step.py --sizes 1b --dtype bfloat16        for a GPU
+
+`mlx_lm` is the compiled step of `mlx_lm.tuner.trainer`: `default_loss` and AdamW. `bucket` and `sketch` are
+steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
+mlx-lm does not do. All take turns, so that a busy machine slows all of them; the median round counts. `read`
+is the time to read and decode a batch without prefetching, as a share of the step.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pmetal_distill  # noqa: F401  (BLAS before MLX)
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from benchmarks.letters import write_letters
+from pipeline.cache import run_cache
+from pipeline.console import Console
+from pipeline.settings import CacheSettings
+from pmetal_distill.config import DistillConfig
+from pmetal_distill.distiller import Distiller
+from pmetal_distill.models import load_model
+from pmetal_distill.offline.reader import LogitCache
+from tests.tiny import build_tiny_model
+
+TAILS = ("bucket", "sketch")
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a student and its batches; `rank` is that of the sketch."""
+
+    width: int
+    layers: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    length: int
+    rank: int
+
+
+SIZES = {
+    "tiny": Size(64, 4, 256, 4, 2, 1024, 4, 64, 32),
+    "135m, 10 layers": Size(576, 10, 1536, 9, 3, 49152, 4, 256, 256),
+    "1b": Size(2048, 16, 8192, 32, 8, 128256, 8, 1024, 256),
+}
+
+
+def write_inputs(folder: Path, size: Size) -> None:
+    """A student, a teacher of one block, text without packing, and a cache of each kind."""
+    common: dict[str, Any] = {
+        "vocab_size": size.vocab,
+        "tokenizer_size": 320,
+        "max_position_embeddings": 4096,
+    }
+    build_tiny_model(
+        folder / "student",
+        hidden_size=size.width,
+        num_layers=size.layers,
+        intermediate_size=size.inner,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.width // size.heads,
+        **common,
+    )
+    build_tiny_model(folder / "teacher", hidden_size=max(64, size.rank), num_layers=1, seed=1, **common)
+    write_letters(folder / "text.jsonl", documents=8 * size.batch, characters=3 * size.length)
+    for tail in TAILS:
+        settings = CacheSettings(
+            teacher=str(folder / "teacher"),
+            data=str(folder / "text.jsonl"),
+            out=folder / tail,
+            max_seq_len=size.length,
+            tail=tail,
+            pack=False,
+            sketch_rank=size.rank,
+            calibration_tokens=min(16384, 6 * size.batch * size.length),
+        )
+        run_cache(settings, Console(quiet=True))
+
+
+def student(folder: Path, dtype: mx.Dtype) -> Any:
+    loaded = load_model(folder / "student")
+    loaded.model.set_dtype(dtype)
+    mx.eval(loaded.model.parameters())
+    return loaded
+
+
+def full_batches(folder: Path, tail: str, size: Size) -> tuple[LogitCache, list[Any]]:
+    """A cache and its batches whose sequences are all of full length."""
+    cache = LogitCache(folder / tail)
+    whole = cache.numbers[cache.lengths == size.length]
+    with cache.batches(batch_size=size.batch, seed=0, epochs=1, subset=whole, prefetch=0) as batches:
+        return cache, [batch for batch in batches if len(batch.token_ids) == size.batch]
+
+
+def cross_entropy_step(folder: Path, size: Size, dtype: mx.Dtype) -> Step:
+    """One step of `mlx_lm.tuner.trainer.train`, at the same number of positions."""
+    from mlx_lm.tuner.trainer import default_loss
+
+    model, optimizer = student(folder, dtype).model, optim.AdamW(learning_rate=1e-5)
+    _, batches = full_batches(folder, "bucket", size)
+    ids = np.pad(batches[0].token_ids, ((0, 0), (0, 1)))
+    batch = mx.array(ids), mx.array([[0, size.length - 1]] * size.batch)
+    value_and_grad = nn.value_and_grad(model, default_loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        (loss, count), gradients = value_and_grad(model, ids, lengths)
+        optimizer.update(model, gradients)
+        return loss, count
+
+    def run() -> None:
+        loss, count = step(*batch)
+        mx.eval(state, loss, count)
+
+    model.train()
+    return run
+
+
+def distiller_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> tuple[Step, float]:
+    """One step of a distiller, and the seconds to read a batch."""
+    started = time.perf_counter()
+    cache, batches = full_batches(folder, tail, size)
+    reading = (time.perf_counter() - started) / len(batches)
+    optimizer = optim.AdamW(learning_rate=1e-5)
+    distiller = Distiller(cache, student(folder, dtype), DistillConfig(), optimizer=optimizer)
+    return lambda: distiller.step(batches[0]), reading
+
+
+def median_seconds(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Of each step, run in turns after two rounds that warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            mx.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def report(name: str, size: Size, options: argparse.Namespace) -> None:
+    """A table for one size."""
+    dtype = getattr(mx, options.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), size)
+        steps = {"mlx_lm": cross_entropy_step(Path(folder), size, dtype)}
+        reading = {}
+        for tail in TAILS:
+            steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype)
+        seconds = median_seconds(steps, options.rounds)
+    print(f"\n{name}, {size}, {options.dtype}")
+    print(f"{'step':10}{'seconds':>9}{'of mlx_lm':>11}{'tokens/s':>10}{'read':>7}")
+    for step, value in seconds.items():
+        read = f"{reading[step] / value:7.1%}" if step in reading else ""
+        rate = size.batch * size.length / value
+        print(f"{step:10}{value:9.4f}{value / seconds['mlx_lm']:11.2f}{rate:10.0f}{read}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "135m, 10 layers"], choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    print(f"MLX {mx.__version__}, {mx.default_device()}, NumPy {np.__version__}")
+    for name in options.sizes:
+        report(name, SIZES[name], options)
+
+
+if __name__ == "__main__":
+    main()
