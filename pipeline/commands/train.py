@@ -21,4 +21,5 @@ def command(config: Path | None, console: Console, **options: Any) -> None:
     settings = resolve(TrainSettings, load_config(config, TrainSettings) if config else {}, given(options))
     from pipeline.training.run import run_train
 
-    console.result(run_train(settings, console))
+    if result := run_train(settings, console):
+        console.result(result)

@@ -51,6 +51,18 @@ class RunFolder:
             raise UsageError(f"{path}: cannot be made ({error.strerror}); choose another --out") from error
         return RunFolder(path, resumed=used, _lock=_locked(path))
 
+    @staticmethod
+    def of_peer(settings: TrainSettings, *, resumed: bool) -> "RunFolder":
+        """The folder that another process of this run has taken.
+
+        Raises:
+            UsageError: it is not seen from here.
+        """
+        path = settings.out
+        if not path.is_dir():
+            raise UsageError(f"{path}: must be seen by all processes of a run, found none; share its disk")
+        return RunFolder(path, resumed=resumed, _lock=os.open(path, os.O_RDONLY))
+
     @property
     def metrics(self) -> Path:
         """The file of metrics."""

@@ -73,7 +73,7 @@ class RunLog:
                 f"iteration {iteration}: the loss must be finite, found {values['loss']} on sequences "
                 f"{sequences_of(batch)}; lower the learning rate or look at these rows with 'inspect'"
             )
-        tokens = int(batch.loss_mask.sum())
+        tokens = round(cast(float, parts.num_soft.item()))
         self.means.add(values, tokens)
         self.totals.tokens += tokens
         self.totals.waited += waited

@@ -74,8 +74,14 @@ class Loop:
             CheckpointError: the disk is full or fails.
         """
         settings = self.settings
+        world = self.distiller.world
         batches = self.source.batches(
-            batch_size=settings.batch_size, seed=settings.seed, state=self.reader, prefetch=settings.prefetch
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            state=self.reader,
+            prefetch=settings.prefetch,
+            rank=world.rank,
+            world_size=world.size,
         )
         with (
             batches,
@@ -83,13 +89,14 @@ class Loop:
             console.progress("training", total=settings.iters, unit="steps") as progress,
         ):
             progress.advance(self.iteration)
-            while self.iteration < settings.iters and not interrupts.asked:
+            stopping = False
+            while self.iteration < settings.iters and not (stopping := world.any(interrupts.asked)):
                 self._step(batches)
                 improved = self._tell(metrics, progress)
                 progress.advance(1)
                 if self._save_due(improved):
                     self._save(batches, metrics)
-            if self.iteration > self.saved and (interrupts.asked or settings.save_every):
+            if self.iteration > self.saved and (stopping or settings.save_every):
                 self._save(batches, metrics)
         if self.iteration < settings.iters:
             console.note(
@@ -133,6 +140,9 @@ class Loop:
     def _save(self, batches: "BatchIterator", metrics: Metrics) -> None:
         from pmetal_distill.checkpoint import TrainingState
 
+        self.saved = self.iteration
+        if not self.distiller.world.leads:
+            return
         metrics.flush()
         state = self.distiller.state
         record = {
@@ -145,7 +155,6 @@ class Loop:
         }
         best = None if self.best is None else self.best[0]
         self.checkpoints.save(self.iteration, TrainingState(state.arrays, record), best=best)
-        self.saved = self.iteration
 
 
 def criterion(evaluation: Mapping[str, float]) -> float | None:

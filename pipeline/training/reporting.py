@@ -62,6 +62,24 @@ class Metrics:
         self._file.close()
 
 
+class NoMetrics(Metrics):
+    """For processes whose figures another one writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, iteration: int, report: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 def begin_services(settings: TrainSettings) -> Any:
     """mlx-lm's callback for the services that are asked for; None without any.
 

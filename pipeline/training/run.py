@@ -15,10 +15,12 @@ from pipeline.training.folder import RunFolder
 from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
 from pipeline.training.log import RunLog
 from pipeline.training.memory import check_memory
-from pipeline.training.reporting import Metrics, begin_services
+from pipeline.training.reporting import Metrics, NoMetrics, begin_services
+from schemas.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Loop
+    from pmetal_distill.parallel import World
 
 
 def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -41,32 +43,83 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         from pmetal_distill.modelling.callbacks import require_services
 
         require_services(settings.services)
-    with RunFolder.open(settings) as folder:
+    from pmetal_distill.parallel import World
+
+    world = World.launched()
+    if not world.leads:
+        console = Console(quiet=True)
+    with open_together(settings, world) as folder:
         if (result := folder.result) is not None:
             check_same_settings(deciding_settings(folder.settings()), settings)
             console.note(f"{folder.path}: the run is finished; nothing was changed")
             return result
-        result = _run(settings, folder, console)
-        folder.finish(result)
+        result = _run(settings, folder, world, console)
+        if world.leads:
+            folder.finish(result)
         return result
 
 
-def _run(settings: TrainSettings, folder: RunFolder, console: Console) -> dict[str, Any]:
+def open_together(settings: TrainSettings, world: "World") -> RunFolder:
+    """The folder of the run, which the first process takes and the others share.
+
+    Raises:
+        UsageError: in use, not seen by all, or fewer sequences in a batch than processes.
+        PeerLostError: another process is gone.
+    """
+    if settings.batch_size < world.size:
+        raise UsageError(
+            f"batch_size: must be at least {world.size}, one sequence for each process, found "
+            f"{settings.batch_size}; give more, or start fewer processes"
+        )
+    if not world.leads:
+        if not world.all(True):
+            raise UsageError(f"{settings.out}: the first process must take it, found that it could not")
+        return RunFolder.of_peer(settings, resumed=world.any(False))
+    try:
+        folder = RunFolder.open(settings)
+    except BaseException:
+        world.all(False)
+        raise
+    world.all(True)
+    world.any(folder.resumed)
+    return folder
+
+
+def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Console) -> dict[str, Any]:
     from pipeline.training.output import write_outputs
 
     if hint := missing_blas():
         console.note(hint)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
     checkpoint = _checkpoint(settings, folder, checkpoints, console)
-    loop = prepare_loop(settings, checkpoints, checkpoint, console)
-    folder.save_settings(settings)
-    callback = begin_services(settings)
-    with Metrics(folder.metrics, after=loop.iteration, callback=callback) as metrics:
+    loop = prepare_loop(settings, checkpoints, checkpoint, console, world=world)
+    _require_same_start(loop.iteration, world)
+    with _metrics(settings, folder, loop.iteration, world) as metrics:
         loop.run(metrics, console)
+    if not world.leads:
+        return {}
     figures = {**loop.log.last, **loop.evaluation}
     if loop.best is not None:
         figures["best_iteration"] = loop.best[0]
     return {**figures, **write_outputs(settings, loop.distiller.student, loop.source, figures)}
+
+
+def _require_same_start(iteration: int, world: "World") -> None:
+    """Sees that all processes have found the same checkpoint."""
+    import mlx.core as mx
+
+    if not world.all(int(world.sum(mx.array(iteration))) == iteration * world.size):
+        raise CheckpointError(
+            f"checkpoints: all processes must go on from the same one, found iteration {iteration} here and "
+            "another elsewhere; let them share the disk of the run's folder"
+        )
+
+
+def _metrics(settings: TrainSettings, folder: RunFolder, after: int, world: "World") -> Metrics:
+    if not world.leads:
+        return NoMetrics()
+    folder.save_settings(settings)
+    return Metrics(folder.metrics, after=after, callback=begin_services(settings))
 
 
 def _checkpoint(
@@ -84,7 +137,12 @@ def _checkpoint(
 
 
 def prepare_loop(
-    settings: TrainSettings, checkpoints: Checkpoints, checkpoint: Checkpoint | None, console: Console
+    settings: TrainSettings,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+    console: Console,
+    *,
+    world: "World | None" = None,
 ) -> "Loop":
     """Student, data and distiller, at the beginning or where the checkpoint was written.
 
@@ -113,6 +171,7 @@ def prepare_loop(
         student,
         distill_config(settings, source.hidden_layers),
         optimizer=build_optimizer(settings),
+        world=world,
     )
     check_memory(settings, source, distiller, console)
     made_from = {"settings": deciding_settings(settings), "content": content}

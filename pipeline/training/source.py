@@ -44,6 +44,8 @@ class Reader(Protocol):
         batch_size: int,
         seed: int,
         state: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         epochs: int | None = None,
         shuffle: bool = True,
         window: int = 16,
@@ -75,7 +77,14 @@ class Source:
     facts: Mapping[str, str]
 
     def batches(
-        self, *, batch_size: int, seed: int, state: dict[str, Any] | None = None, prefetch: int = 2
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        state: dict[str, Any] | None = None,
+        prefetch: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "BatchIterator":
         """Endless batches of the sequences that are trained on; see `LogitCache.batches`.
 
@@ -84,7 +93,13 @@ class Source:
         """
         subset = self.split.trained if len(self.split.held_out) else None
         return self.reader.batches(
-            batch_size=batch_size, seed=seed, state=state, subset=subset, prefetch=prefetch
+            batch_size=batch_size,
+            seed=seed,
+            state=state,
+            rank=rank,
+            world_size=world_size,
+            subset=subset,
+            prefetch=prefetch,
         )
 
     def validation_batches(self, batch_size: int, count: int) -> Iterator["Batch"]:

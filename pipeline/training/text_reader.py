@@ -49,6 +49,8 @@ class TextReader:
         batch_size: int,
         seed: int,
         state: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         epochs: int | None = None,
         shuffle: bool = True,
         window: int = 16,
@@ -79,7 +81,7 @@ class TextReader:
 
         feed = Feed(
             order,
-            Share(0, 1),
+            Share(rank, world_size),
             epochs,
             group_of=lambda number: int(np.searchsorted(firsts, number, side="right")) - 1,
             load=lambda group: {number: self._sequence(number) for number in groups[group].tolist()},
