@@ -1,4 +1,4 @@
-"""`init-student`: a student made of some of the teacher's layers."""
+"""`init-student`: a student out of the teacher's parts, or a fresh one."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
+from pipeline.new_student import NewStudent, make_student
 from pipeline.options import IntList
 
 
@@ -15,33 +16,41 @@ from pipeline.options import IntList
     "--teacher", "--model", "teacher", required=True, help="An mlx-lm folder, a hub id or a .gguf file."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new student.")
-@click.option("--num-layers", type=int, help="Keep so many layers, evenly spaced, first and last among them.")
-@click.option("--keep-layers", type=IntList(), help="Keep these layers: 0,3,6,-1.")
+@click.option("--num-layers", type=int, help="Keep so many layers.")
+@click.option(
+    "--by",
+    type=click.Choice(["evenly", "importance"]),
+    default="evenly",
+    show_default=True,
+    help="Which ones: evenly spaced, or those that change the states most, measured on --data.",
+)
+@click.option("--layers", "--keep-layers", "keep_layers", type=IntList(), help="Keep these layers: 0,3,6,-1.")
+@click.option(
+    "--mlp-width",
+    type=float,
+    help="Keep so many neurons in each MLP, or this share of them (0.5): the most active on --data.",
+)
+@click.option("--data", help="Text to measure layers and neurons on, in any form that `cache` takes.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="train",
+    show_default=True,
+    help="Which part of --data that has several.",
+)
+@click.option(
+    "--from-config",
+    type=click.Path(path_type=Path),
+    help="A config.json: a fresh student of this shape, with the teacher's embeddings if it is as wide.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of a fresh student's weights.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @console_options
-def command(
-    teacher: str,
-    out: Path,
-    num_layers: int | None,
-    keep_layers: tuple[int, ...] | None,
-    trust_remote_code: bool,
-    console: Console,
-) -> None:
-    """Make a student of a teacher by keeping some of its layers (half of them if not told otherwise)."""
-    from pmetal_distill.models import load_model
-    from pmetal_distill.students import init_student
+def command(console: Console, **options: Any) -> None:
+    """Make a student of a teacher by leaving out layers, neurons or both, or a fresh one beside it.
 
-    loaded = load_model(teacher, trust_remote_code=trust_remote_code)
-    if num_layers is None and keep_layers is None:
-        num_layers = max(1, loaded.num_layers // 2)
-    folder = init_student(loaded, keep_layers=keep_layers, num_layers=num_layers, out=out)
-    result: dict[str, Any] = {"student": str(folder), "teacher": teacher, **_size(folder)}
-    console.result(result)
-
-
-def _size(folder: Path) -> dict[str, Any]:
-    import json
-
-    config = json.loads((folder / "config.json").read_text())
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"layers": config.get("num_hidden_layers"), "weights_bytes": num_bytes}
+    It keeps half of the layers, evenly spaced, if not told otherwise. Layers chosen by importance make a far
+    better student than evenly spaced ones. A pretrained model of the teacher's family needs no init-student:
+    give it to `train` as it is.
+    """
+    console.result(make_student(NewStudent(**options), console))

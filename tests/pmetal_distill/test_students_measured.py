@@ -237,3 +237,25 @@ class TestWidth:
     def test_bad_neurons(self, teacher: LoadedModel, neurons: list[list[int]], message: str) -> None:
         with pytest.raises(UsageError, match=message):
             prune_mlp(teacher, [np.array(kept, np.int64) for kept in neurons])
+
+
+@pytest.mark.slow
+def test_measured_layers_of_the_real_teacher_beat_evenly_spaced_ones(
+    real_teacher: Path, tmp_path: Path
+) -> None:
+    from pydoc_data.topics import topics
+
+    teacher = load_model(real_teacher)
+    ids = np.array(teacher.tokenizer.encode("\n".join(topics.values())[:8000])[:1024], np.int32)
+    measured, judged = ids.reshape(4, 256)[:2], mx.array(ids.reshape(4, 256)[2:])
+    batch = TextBatch(measured, np.zeros_like(measured), measured >= 0, measured)
+    layers = influential_layers(teacher, 15, [batch])
+    p = mx.softmax(teacher.full(judged), axis=-1)
+
+    def kl(name: str, **chosen: Any) -> float:
+        student = load_model(init_student(teacher, out=tmp_path / name, **chosen))
+        q = student.full(judged)
+        terms = p * (mx.log(mx.maximum(p, 1e-30)) - q + mx.logsumexp(q, axis=-1, keepdims=True))
+        return float(terms.sum(axis=-1).mean())
+
+    assert kl("measured", keep_layers=layers) < 0.7 * kl("evenly", num_layers=15)
