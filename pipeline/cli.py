@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "pipeline.commands.eval",
     "report": "pipeline.commands.report",
     "import": "pipeline.commands.import_",
+    "export": "pipeline.commands.export",
     "demo": "pipeline.commands.demo",
 }
 
