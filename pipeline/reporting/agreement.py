@@ -1,7 +1,6 @@
 """A run's student beside its teacher on a page of text. Costs a forward pass on a few sequences."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,20 +22,6 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.reader import LogitCache
 
 _CHUNK = 64
-
-
-def load_student(run: Path) -> "LoadedModel | None":
-    """What a run has trained: `model/`, or the student with its adapters; None if it has not written it yet.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from pmetal_distill.adapters import ADAPTERS, load_adapted
-    from pmetal_distill.models import load_model
-
-    if (run / "model" / "config.json").is_file():
-        return load_model(run / "model")
-    return load_adapted(run) if (run / ADAPTERS).is_file() else None
 
 
 def compare_texts(

@@ -1,119 +1,116 @@
-"""Calibration and figures by position from what `eval --json` printed; takes what is there."""
+"""Calibration and figures by position and kind, from what `eval --json` printed; takes what is there."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.reporting.axes import Axis
-from pipeline.reporting.figures import Figure, Table, line_figure
+from pipeline.reporting.bars import Bar
+from pipeline.reporting.figures import Figure, Table, bar_figure, line_figure
 from pipeline.reporting.lines import Series
 from pipeline.reporting.markup import Element, tag
 from pipeline.reporting.numbers import percent, short
 from pipeline.reporting.page import Section, fact_list
 
-_ECE = ("expected_calibration_error", "ece", "calibration_error")
-_BINS = ("bins", "calibration_bins", "reliability")
-_POSITIONS = ("by_position", "positions")
-_COUNTS = ("tokens", "count", "share")
+CURVES = {"reliability": ("the text", "ece"), "reliability_teacher": ("the teacher", "ece_teacher")}
+GROUPS = {
+    "by_position": ("position", "By position in the document"),
+    "by_kind": ("kind", "By kind of document"),
+}
+SHARES = ("top1", "top5")
+_SHARE_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def calibration_section(evaluation: Mapping[str, Any] | None) -> Section:
-    """How honest the student's probabilities are, and how its figures change along a sequence."""
-    title = "On held-out text"
+def evaluation_section(evaluation: Mapping[str, Any] | None) -> Section:
+    """How close the student is on text of its own, and how honest its probabilities are."""
+    title = "Evaluation"
     if evaluation is None:
-        return Section(
-            "evaluation",
-            title,
-            skipped="give --eval FILE, the output of 'pmetal-pipeline eval --json', to see it",
-        )
-    rows = _bins(evaluation)
-    figures = [_reliability(rows, _error(evaluation))] if rows else []
-    beside = [tag("div", tag("h3", "Means"), _plain_figures(evaluation), class_="card")]
-    if (positions := _by_position(evaluation)) is not None:
-        beside.append(tag("div", tag("h3", "By position"), positions.element(), class_="card"))
-    lead = ["What 'eval' measured with the teacher itself, on text that was not trained on."]
-    if rows:
+        reason = "give --eval FILE, the output of 'pmetal-pipeline eval --json', to see it"
+        return Section("evaluation", title, skipped=reason)
+    lead = [_source(evaluation)]
+    figures = []
+    if curves := _curves(evaluation):
+        figures.append(_reliability(curves, evaluation))
         lead.append(
             "Where the student gives its first choice a probability of 0.7, it should be right seven times "
-            "in ten: on the dashed line. Below the line it is too sure of itself."
+            "in ten: on the dashed line. Below the line it is too sure of itself. A student that equals its "
+            "teacher lies on the line when it is judged by the teacher's own probabilities."
         )
-    return Section("evaluation", title, lead, figures, beside)
+    if (positions := _rows(evaluation, "by_position")) and all("kl@1" in row for row in positions):
+        figures.append(_by_position(positions))
+    return Section("evaluation", title, lead, figures, _cards(evaluation))
 
 
-def _reliability(rows: Sequence[Mapping[str, Any]], error: float | None) -> Figure:
-    points = [(float(row["confidence"]), float(row["accuracy"])) for row in rows]
-    counted = next((name for name in _COUNTS if name in rows[0]), None)
-    note = f"Expected calibration error {short(round(error, 4))}." if error is not None else ""
-    ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
+def _source(evaluation: Mapping[str, Any]) -> str:
+    if (sequences := evaluation.get("sequences")) is None:
+        return "What 'eval' measured beside the teacher itself."
+    return f"What 'eval' measured against a cache, {sequences} sequences, tail {evaluation.get('targets')}."
+
+
+def _curves(evaluation: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    found = {name: _rows(evaluation, name) for name in CURVES}
+    wanted = ("confidence", "accuracy")
+    return {
+        name: rows
+        for name, rows in found.items()
+        if rows and all(_number(row.get(key)) for row in rows for key in wanted)
+    }
+
+
+def _reliability(curves: Mapping[str, list[Mapping[str, Any]]], evaluation: Mapping[str, Any]) -> Figure:
+    series = [Series("exact", [(0.0, 0.0), (1.0, 1.0)], plain=True)]
+    cells, errors = [], []
+    for name, rows in curves.items():
+        judge, error = CURVES[name]
+        series.append(Series(judge, sorted((row["confidence"], row["accuracy"]) for row in rows)))
+        cells += [[judge, row["confidence"], row["accuracy"], row.get("tokens", "")] for row in rows]
+        if _number(evaluation.get(error)):
+            errors.append(f"{evaluation[error]:.3g} against {judge}")
+    note = f"Expected calibration error: {', '.join(errors)}." if errors else ""
     figure = line_figure(
         "calibration",
-        "Calibration of the student",
-        [
-            Series("exact", [(0.0, 0.0), (1.0, 1.0)], plain=True),
-            Series("student", sorted(points)),
-        ],
-        Axis("probability of its first choice", ticks=ticks),
-        Axis("share that is right", ticks=ticks),
-        description="Share of right first choices by the probability that the student gave them, with the "
-        "diagonal of exact calibration. " + note,
+        "Calibration of the student's first choice",
+        series,
+        Axis("probability that the student gives", ticks=_SHARE_TICKS),
+        Axis("how often it is right", ticks=_SHARE_TICKS),
+        description="Share of right first choices by the probability that the student gave them, judged by "
+        f"{' and by '.join(CURVES[name][0] for name in curves)}; the diagonal is exact. {note}",
         note=note,
     )
-    if counted is None:
-        return figure
-    header = ["probability", "share that is right", counted]
-    cells = [[row["confidence"], row["accuracy"], row.get(counted, "")] for row in rows]
-    return Figure(
-        figure.name,
-        figure.title,
-        figure.description,
-        figure.content,
-        figure.width,
-        figure.height,
-        Table(header, cells),
-        note,
+    return replace(figure, table=Table(["judged by", "probability", "right", "tokens"], cells))
+
+
+def _by_position(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    bars = [Bar(str(row.get("position")), row["kl@1"], f"{row.get('tokens', '?')} tokens") for row in rows]
+    return bar_figure(
+        "kl-by-position",
+        "KL(teacher ‖ student) by tokens of the document before",
+        bars,
+        unit="nats, T = 1",
+        description=f"{short(bars[0].value)} nats at positions {bars[0].name}, {short(bars[-1].value)} at "
+        f"{bars[-1].name}, T = 1.",
+        note="Nats, T = 1.",
     )
 
 
-def _bins(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = _first(evaluation, _BINS)
-    rows = found if isinstance(found, list) else []
-    return [
-        row
-        for row in rows
-        if isinstance(row, Mapping) and _number(row.get("confidence")) and _number(row.get("accuracy"))
-    ]
+def _cards(evaluation: Mapping[str, Any]) -> list[Element]:
+    means = {
+        name.replace("_", " "): percent(value) if name in SHARES else short(value)
+        for name, value in evaluation.items()
+        if _number(value)
+    }
+    cards = [tag("div", tag("h3", "Means"), fact_list(means), class_="card")]
+    for name, (first, title) in GROUPS.items():
+        if rows := _rows(evaluation, name):
+            header = [first, *(key for key in rows[0] if key != first)]
+            table = Table(header, [[row.get(key, "") for key in header] for row in rows])
+            cards.append(tag("div", tag("h3", title), table.element(), class_="card"))
+    return cards
 
 
-def _error(evaluation: Mapping[str, Any]) -> float | None:
-    found = _first(evaluation, _ECE)
-    return float(found) if _number(found) else None
-
-
-def _first(evaluation: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of the keys, at the top or under `calibration`."""
-    inside = evaluation.get("calibration")
-    places = [evaluation, inside] if isinstance(inside, Mapping) else [evaluation]
-    return next((place[name] for place in places for name in names if name in place), None)
-
-
-def _by_position(evaluation: Mapping[str, Any]) -> Table | None:
-    found = _first(evaluation, _POSITIONS)
-    rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
-    if not rows:
-        return None
-    header = list(rows[0])
-    return Table(header, [[row.get(name, "") for name in header] for row in rows])
-
-
-def _plain_figures(evaluation: Mapping[str, Any]) -> Element:
-    """Every figure that is a single number."""
-    shares = ("top1", "top5")
-    return fact_list(
-        {
-            name.replace("_", " "): percent(value) if name in shares else short(value)
-            for name, value in evaluation.items()
-            if _number(value)
-        }
-    )
+def _rows(evaluation: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    found = evaluation.get(name)
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
 
 
 def _number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.axes import Axis
-from pipeline.reporting.eval_figures import calibration_section
+from pipeline.reporting.eval_figures import evaluation_section
 from pipeline.reporting.figures import Figure, line_figure
 from pipeline.reporting.lines import Series
 from pipeline.reporting.numbers import percent, short
@@ -54,7 +54,7 @@ def run_report(inputs: RunInputs, *, footer: str) -> Report:
         sections=[
             _training(metrics, settings),
             _held_out(metrics),
-            calibration_section(inputs.evaluation),
+            evaluation_section(inputs.evaluation),
             student_section(inputs.folder, cache, settings),
             _speed(metrics),
             _settings(settings),

@@ -31,15 +31,14 @@ def _no_cache(settings: Mapping[str, Any]) -> str:
 
 
 def _section(run: Path, folder: Path, settings: Mapping[str, Any]) -> Section:
-    from pipeline.reporting.agreement import compare_texts, load_student
+    from pipeline.eval_subject import load_subject
+    from pipeline.reporting.agreement import compare_texts
     from pipeline.training.student import check_student
     from pmetal_distill.models import load_tokenizer
     from pmetal_distill.offline.reader import LogitCache
 
     cache = LogitCache(folder, allow_partial=True)
-    student = load_student(run)
-    if student is None:
-        return Section("student", TITLE, skipped="the run has not written its model yet")
+    student = load_subject(str(run))
     check_student(student, cache)
     numbers, held_out = _sequences(cache, settings)
     texts = compare_texts(cache, student, load_tokenizer(cache.tokenizer_path), numbers)

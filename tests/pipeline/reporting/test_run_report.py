@@ -24,14 +24,13 @@ from tests.pipeline.reporting.test_markup import Parsed
 EVALUATION = {
     "kl@1": 1.25,
     "top1": 0.5,
-    "calibration": {
-        "expected_calibration_error": 0.0625,
-        "bins": [
-            {"confidence": 0.1, "accuracy": 0.2, "tokens": 10},
-            {"confidence": 0.7, "accuracy": 0.4, "tokens": 30},
-        ],
-    },
-    "by_position": [{"position": "<b>0-31</b>", "kl@1": 2.5}, {"position": "32-63", "kl@1": 1.5}],
+    "ece": 0.0625,
+    "reliability": [
+        {"above": 0.0, "confidence": 0.125, "accuracy": 0.25, "tokens": 10},
+        {"above": 0.5, "confidence": 0.75, "accuracy": 0.5, "tokens": 30},
+    ],
+    "by_position": [{"position": "<b>0-15</b>", "kl@1": 2.5}, {"position": "16-63", "kl@1": 1.5}],
+    "later": {"more": 1},
 }
 
 
@@ -100,12 +99,28 @@ def test_divergence_of_held_out_tokens(page: str, run_folder: Path, attacked_cac
 
 
 def test_evaluation_is_shown(page: str) -> None:
-    parsed = Parsed(page)
-    text = "".join(parsed.text)
-    assert "Expected calibration error 0.0625" in text
-    assert "Calibration of the student" in text
-    assert "<b>0-31</b>" in text
-    assert not [1 for name, attributes in parsed.tags if name == "b" and "0-31" in str(attributes)]
+    text = "".join(Parsed(page).text)
+    assert "Expected calibration error: 0.0625 against the text." in text
+    assert "<b>0-15</b>" in text
+    report = run_report(RunInputs(Path("nowhere"), EVALUATION), footer="")
+    figures = {figure.name: figure for figure in report.figures}
+    rows = [list(row) for row in figures["calibration"].table.rows]
+    assert rows == [["the text", 0.125, 0.25, 10], ["the text", 0.75, 0.5, 30]]
+    assert [list(row) for row in figures["kl-by-position"].table.rows] == [
+        ["<b>0-15</b>", 2.5],
+        ["16-63", 1.5],
+    ]
+
+
+def test_the_command_eval_gives_all_of_it(
+    cli: Cli, run_folder: Path, attacked_cache: Path, tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    teacher = ("--teacher", tiny_teacher, "--data", text_file, "--split", "train")
+    for source in (("--cache", attacked_cache), teacher):
+        got = cli("eval", run_folder, *source, "--json")
+        assert got.code == 0, got.err
+        report = run_report(RunInputs(run_folder, got.json), footer="")
+        assert {"calibration", "kl-by-position"} <= {figure.name for figure in report.figures}
 
 
 def test_held_out_text_is_named_as_such(page: str) -> None:
@@ -135,7 +150,7 @@ class TestMissing:
 
     def test_a_run_in_progress(self, run_folder: Path, tmp_path: Path) -> None:
         run = Path(shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("model")))
-        assert "not written its model yet" in self.skipped(run)["student"]
+        assert "written none yet" in self.skipped(run)["student"]
         (run / "metrics.jsonl").unlink()
         assert {"training", "held-out", "speed"} <= self.skipped(run).keys()
 
