@@ -30,6 +30,9 @@ SEQUENCES_AT_ONCE = 8
 CARD = """\
 ---
 tags: [distillation, logits]
+configs:
+- config_name: default
+  data_files: data-*.parquet
 ---
 What a teacher says about every token of a text: {teacher}, exported from a pmetal-distill cache.
 
@@ -47,7 +50,7 @@ Entry t is about the token after `input_ids[t]`. {lost}
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("parquet", data_files="data-*.parquet", split="train")
+dataset = load_dataset("path/to/this/folder", split="train")
 ```
 
 Vocabulary {vocab_size}; tokenizer in `tokenizer/`. Made from: {fingerprint}
@@ -166,8 +169,9 @@ def card(cache: "LogitCache") -> str:
     remark = (
         f"Not in it: {lost}." if lost else f"The cache's tail was `{tail}`; only its mass at T=1 is here."
     )
+    teacher = Path(dataset.meta.get("teacher", "a teacher"))
     return CARD.format(
-        teacher=dataset.meta.get("teacher", "a teacher").replace("\n", " "),
+        teacher=(teacher.name if teacher.is_absolute() else str(teacher)).replace("\n", " "),
         k=cache.spec.k,
         lost=remark,
         vocab_size=dataset.target.vocab_size,

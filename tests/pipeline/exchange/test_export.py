@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from pipeline.console import Console
@@ -76,7 +77,9 @@ class TestLists:
         assert types["head_ids"] == "list<element: list<element: int32>>"
         assert types["head_logprobs"] == "list<element: list<element: float>>"
         assert types["tail_mass"] == "list<element: float>"
-        assert "`head_logprobs`" in (tmp_path / "x" / "README.md").read_text()
+        card = (tmp_path / "x" / "README.md").read_text()
+        assert "`head_logprobs`" in card
+        assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "data-*.parquet"
         assert (tmp_path / "x" / "tokenizer" / "tokenizer.json").is_file()
 
     def test_large_caches_go_to_several_files(self, own: Path, tmp_path: Path) -> None:
@@ -163,7 +166,7 @@ class TestDense:
             a, b = first.sequence(number), second.sequence(number)
             np.testing.assert_array_equal(a.token_ids, b.token_ids)
             np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
-            # Rounding makes ties and lets a tail token pass the last of the head: compare leading values by rank.
+            # Rounding makes ties and lets a tail token pass the last of the head: compare the leading values.
             leading = (a.targets.head_logprobs[:, :12], b.targets.head_logprobs[:, :12])
             np.testing.assert_allclose(*leading, atol=0.012)
 
