@@ -371,6 +371,12 @@ def _check_arrays(
         raise IncompatibleError(
             f"target: k and curve nodes must be ({spec.k}, {spec.num_nodes}) as in the spec, found {found}"
         )
+    if arrays.head_ids.size and vocab_size <= arrays.head_ids.max() < spec.vocab_size:
+        raise IncompatibleError(
+            f"target: head ids must be below {vocab_size}, the student's vocabulary, found "
+            f"{arrays.head_ids.max()} among the teacher's first choices; take a student with an embedding of "
+            f"{spec.vocab_size} rows"
+        )
     if arrays.head_ids.size and not 0 <= arrays.head_ids.min() <= arrays.head_ids.max() < vocab_size:
         raise IncompatibleError(
             f"target: head ids must be from 0 to {vocab_size - 1}, found {arrays.head_ids.min()} "
