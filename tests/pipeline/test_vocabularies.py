@@ -98,7 +98,7 @@ def slope_of_head(student: LoadedModel, step: Callable[[], Any]) -> np.ndarray:
 
 
 class TestPaddingRows:
-    """The gradient of row j is the mean of (q_j - p_j) h over tokens; rows that one side lacks do not exist."""
+    """Row j gets the mean of (q_j - p_j) h over tokens; rows that one of the two lacks do not exist."""
 
     CONFIG = DistillConfig(alpha=1.0, temperature=1.0, max_grad_norm=None)
 
@@ -124,7 +124,7 @@ class TestPaddingRows:
     def test_from_a_cache_without_the_tails_shape(
         self, cli: Cli, make: Make, text_file: Path, tmp_path: Path, teacher_size: int, student_size: int
     ) -> None:
-        """A token of the tail, as padding is, gets of the teacher's tail mass its share of the student's tail."""
+        """A token of the tail gets its share of the student's tail, times the teacher's tail mass."""
         words = ("--tail", "bucket", "--top-k", 8)
         cache = LogitCache(caching(cli, make(teacher_size, seed=0), text_file, tmp_path / "c", *words))
         student = load_model(make(student_size, seed=1, quiet=False, num_layers=2, tie=False))
