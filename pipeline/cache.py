@@ -25,6 +25,7 @@ from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.parallel import World
 
 ROWS_PER_GROUP = 4096
 
@@ -40,7 +41,8 @@ def run_cache(
         teacher: the loaded teacher; loaded from the settings if None.
 
     Returns:
-        tokens, bytes and speed of what this call wrote, and of the whole cache.
+        tokens, bytes and speed of what this process wrote, and of the whole cache; nothing in those of
+        several processes that do not lead.
 
     Raises:
         UsageError: the output folder is in use, or the settings do not fit the teacher.
@@ -50,8 +52,12 @@ def run_cache(
     from pmetal_distill.models import load_model, model_fingerprint
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
+    from pmetal_distill.parallel import World
 
-    refuse_used_folder(settings.out, resume=settings.resume)
+    world = World.launched()
+    if not world.leads:
+        console = Console(quiet=True)
+    _take_folder(settings, world)
     if hint := missing_blas():
         console.note(hint)
     teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
@@ -66,13 +72,26 @@ def run_cache(
         f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {data.num_sequences:,} sequences "
         f"({data.fill_rate:.0%} full)"
     )
-    run = StageOne(settings, teacher, data, spec, hidden, console)
+    run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():
         run.learn()
     dataset = describe(settings, teacher, data, spec, hidden, weights=fingerprint())
     with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher.tokenizer)) as writer:
         run.write_missing(writer)
+    if not world.leads:
+        return {}
     return {**run.summary(), **describe_cache(settings.out)}
+
+
+def _take_folder(settings: CacheSettings, world: "World") -> None:
+    """Sees that the folder may be written to, before any of several processes has written there."""
+    try:
+        refuse_used_folder(settings.out, resume=settings.resume)
+    except BaseException:
+        world.all(False)
+        raise
+    if not world.all(True):
+        raise UsageError(f"{settings.out}: all processes must be able to take it, found one that is not")
 
 
 def in_background(work: Callable[[], str]) -> Callable[[], str]:

@@ -8,8 +8,9 @@ writer's threads, and on a GPU the logits of the chunks that are queued; whateve
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -86,6 +87,7 @@ class StageOne:
         spec: of the targets.
         hidden: of the hidden states that are kept too, or None.
         console: where progress goes.
+        rank, world_size: of this process among those that fill the cache together.
     """
 
     settings: CacheSettings
@@ -94,6 +96,8 @@ class StageOne:
     spec: TargetSpec
     hidden: HiddenSpec | None
     console: Console
+    rank: int = 0
+    world_size: int = 1
     tokens: int = 0
     calibration_seconds: float = 0.0
     pass_seconds: float = 0.0
@@ -121,7 +125,7 @@ class StageOne:
         from pmetal_distill.offline.background import BackgroundWriter
         from pmetal_distill.offline.capture import on_gpu
 
-        missing = writer.missing_shards()
+        missing = own_first(writer.missing_shards(), self.rank, self.world_size)
         if not missing:
             return
         learned = self.learn()
@@ -131,7 +135,7 @@ class StageOne:
             self.console.progress("caching", total=total, unit="tokens") as progress,
             BackgroundWriter(writer) as out,
         ):
-            batches = self._batches(writer, set(missing), learned, progress)
+            batches = self._batches(writer, missing, learned, progress)
             shard = -1
             for batch in ahead(batches, QUEUED_BATCHES if on_gpu() else 0):
                 if batch.shard != shard:
@@ -164,22 +168,22 @@ class StageOne:
     def _batches(
         self,
         writer: "CacheWriter",
-        missing: set[int],
+        missing: Sequence[int],
         learned: "Coding | DriftMonitor",
         progress: Progress,
     ) -> Iterator[CapturedBatch]:
         """Batches of the missing shards, queued on the device one by one."""
-        for stretch in self._calibrator.stretches():
-            shards = [shard for shard in stretch if shard in missing and not writer.is_committed(shard)]
-            if not shards:
+        stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
+        coded: tuple[range, Coding] | None = None
+        for shard in missing:
+            if writer.is_committed(shard):  # by another process, since
+                progress.advance(self._num_tokens(shard))
                 continue
-            coding = self._calibrator.of_stretch(learned, stretch)
-            for shard in shards:
-                if writer.is_committed(shard):  # by another process, since
-                    progress.advance(self._num_tokens(shard))
-                    continue
-                for states in self._runner.run(self._shard_range(shard)):
-                    yield self._queue(shard, coding, states)
+            stretch = stretch_of[shard]
+            if coded is None or coded[0] != stretch:
+                coded = stretch, self._calibrator.of_stretch(learned, stretch)
+            for states in self._runner.run(self._shard_range(shard)):
+                yield self._queue(shard, coded[1], states)
 
     def _queue(self, shard: int, coding: Coding, states: TeacherStates) -> CapturedBatch:
         import mlx.core as mx
@@ -204,6 +208,19 @@ class StageOne:
             out.add(sequence)
             self.tokens += len(sequence.token_ids)
             progress.advance(len(sequence.token_ids))
+
+
+def own_first(shards: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The order in which one of several processes goes through the missing shards.
+
+    First its own block, upwards; then those of the next ones, downwards from their ends, where their owners
+    come last. So all work is shared while all are alive, a process that is lost is made up for by the others,
+    and nobody needs to talk: whoever reaches the end of its list knows that everything is committed.
+    """
+    bounds = [len(shards) * part // world_size for part in range(world_size + 1)]
+    blocks = [list(shards[start:stop]) for start, stop in pairwise(bounds)]
+    others = [blocks[(rank + step) % world_size][::-1] for step in range(1, world_size)]
+    return [*blocks[rank], *chain.from_iterable(others)]
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:

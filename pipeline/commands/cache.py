@@ -21,4 +21,5 @@ def command(config: Path | None, console: Console, **options: Any) -> None:
     settings = resolve(CacheSettings, load_config(config, CacheSettings) if config else {}, given(options))
     from pipeline.cache import run_cache
 
-    console.result(run_cache(settings, console))
+    if result := run_cache(settings, console):
+        console.result(result)
