@@ -1,0 +1,160 @@
+"""Reads a cache without this project: its columns through pyarrow, DuckDB or Polars, decoded with NumPy.
+
+    python examples/read_cache.py CACHE
+
+Needs pyarrow, numpy and safetensors; DuckDB and Polars are skipped where they are not installed. Every
+column is described in schemas/FORMAT.md. Files are taken from the commit records, never from a listing;
+hashes are not checked here: `pmetal-pipeline verify` does that.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Raw = dict[str, Any]  # bytes a row, whatever holds them
+Decoded = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the JSON files of a cache say."""
+
+    target: dict[str, Any]
+    shards: list[str]
+    codebooks: list[Path | None]
+
+
+def open_cache(folder: Path) -> Cache:
+    """The layout and the committed shards, in order."""
+    dataset = json.loads((folder / "dataset.json").read_text())
+    records = [json.loads(path.read_text()) for path in (folder / "commits").glob("*.json")]
+    records.sort(key=lambda record: record["shard"])
+    books = [record["codebook"] and folder / "bases" / record["codebook"]["name"] for record in records]
+    shards = [str(folder / "shards" / record["targets"]["name"]) for record in records]
+    return Cache(dataset["target"], shards, books)
+
+
+def needed_columns(target: dict[str, Any]) -> list[str]:
+    """Text, mask and everything that makes log-probabilities at T=1; the tail's sketch is left alone."""
+    planes = 1 + (target["vocab_size"] > 1 << 8) + (target["vocab_size"] > 1 << 16)
+    names = [f"{kind}{i}" for kind in ("tok", "id") for i in range(planes)] + ["seq", "msk"]
+    names += ["gap0", "gap1"] if target["k"] > 1 else []
+    return names + (["top0", "top1"] if target["tail"] == "none" else ["crv0", "crv1"])
+
+
+def with_pyarrow(file: str, columns: Sequence[str]) -> Raw:
+    """Checks the CRC of every page."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+    return table.to_pydict()
+
+
+def with_duckdb(file: str, columns: Sequence[str]) -> Raw:
+    """SQL; `select seq, count(*) from read_parquet(...) group by seq` works as well."""
+    import duckdb
+
+    query = f"select {', '.join(columns)} from read_parquet(?)"
+    return duckdb.execute(query, [file]).fetchnumpy()
+
+
+def with_polars(file: str, columns: Sequence[str]) -> Raw:
+    """Data frames; `pl.scan_parquet` works as well."""
+    import polars as pl
+
+    return pl.read_parquet(file, columns=list(columns)).to_dict(as_series=False)
+
+
+ENGINES: dict[str, Callable[[str, Sequence[str]], Raw]] = {
+    "pyarrow": with_pyarrow,
+    "duckdb": with_duckdb,
+    "polars": with_polars,
+}
+
+
+def number(columns: Raw, kind: str) -> np.ndarray:
+    """int64 [n, width] of the byte planes `kind`0, `kind`1, ..., low byte first."""
+    planes = [name for name in sorted(columns) if name.startswith(kind) and name[len(kind) :].isdigit()]
+    matrices = [
+        np.frombuffer(b"".join(columns[name]), np.uint8).reshape(len(columns[name]), -1) for name in planes
+    ]
+    return sum((m.astype(np.int64) << 8 * i for i, m in enumerate(matrices)), np.int64(0))
+
+
+def decode(columns: Raw, target: dict[str, Any], codebook: Decoded | None) -> Decoded:
+    """Token ids [n], mask [n], head ids [n, k], head log-probabilities at T=1 [n, k] and tail mass [n]."""
+    vocab_size, k = target["vocab_size"], target["k"]
+    order = codebook["token_order"] if codebook else np.arange(vocab_size)
+    below = np.zeros((len(columns["seq"]), k))
+    if k > 1:
+        below[:, 1:] = np.cumsum(number(columns, "gap"), axis=1) * target["logprob_step"]
+    if target["tail"] == "none":
+        top = -number(columns, "top")[:, 0] / 2048
+    else:
+        curve = decode_curve(number(columns, "crv"), codebook) * target["curve_step"]
+        at_one = curve[:, target["curve_nodes"].index(1.0)]
+        top = -np.log(np.exp(-below).sum(axis=1) + np.exp(-below[:, -1] + at_one))
+    logprobs = top[:, None] - below
+    return {
+        "token_ids": number(columns, "tok")[:, 0],
+        "mask": np.asarray(columns["msk"], bool),
+        "head_ids": order[number(columns, "id")],
+        "head_logprobs": logprobs,
+        "tail_mass": np.maximum(1 - np.exp(logprobs).sum(axis=1), 0),
+    }
+
+
+def decode_curve(residuals: np.ndarray, codebook: Decoded | None) -> np.ndarray:
+    """Steps of the tail's log-partition, int64 [n, m], each node predicted from those before it."""
+    count = residuals.shape[1]
+    predictor = codebook["curve_predictor"] if codebook else 65536 * np.eye(count, count + 1, dtype=int)
+    if codebook is None:
+        predictor[:1, :1] = 0
+    steps = np.zeros_like(residuals)
+    for node in range(count):
+        predicted = (steps[:, :node] @ predictor[node, 1 : node + 1] + predictor[node, 0]) >> 16
+        steps[:, node] = (predicted + residuals[:, node] - 128 + 32768) % 65536 - 32768
+    return steps
+
+
+def read_all(cache: Cache, engine: str) -> Decoded:
+    """All shards through one engine, decoded."""
+    from safetensors.numpy import load_file
+
+    columns, parts = needed_columns(cache.target), []
+    for file, book in zip(cache.shards, cache.codebooks, strict=True):
+        codebook = load_file(book) if book else None
+        parts.append(decode(ENGINES[engine](file, columns), cache.target, codebook))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def main(folder: Path) -> None:
+    """Prints what each engine finds; all must find the same."""
+    cache = open_cache(folder)
+    first: Decoded | None = None
+    for engine in ENGINES:
+        if importlib.util.find_spec(engine) is None:
+            print(f"{engine:<8} skipped: not installed")
+            continue
+        started = time.perf_counter()
+        found = read_all(cache, engine)
+        seconds = time.perf_counter() - started
+        on = found["mask"]
+        best, tail = np.exp(found["head_logprobs"][on, 0]).mean(), found["tail_mass"][on].mean()
+        print(
+            f"{engine:<8} {len(on):,} tokens, {on.sum():,} with a target, {seconds:.2f} s; mean probability"
+        )
+        print(f"{'':<8} of the first choice {best:.4f}, of all tokens outside the head {tail:.4f}")
+        first = first or found
+        assert all(np.array_equal(first[name], found[name]) for name in first), f"{engine} reads other values"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
