@@ -80,7 +80,7 @@ class Store:
         except OSError as error:
             must = "commits: must be a readable folder"
             raise CorruptionError(f"{must}, found {error.strerror}; check its permissions") from error
-        numbers = sorted(int(m.group(1)) for name in names if (m := _RECORD_NAME.fullmatch(name)))
+        numbers = sorted({int(m.group(1)) for name in names if (m := _RECORD_NAME.fullmatch(name))})
         return [n for n in numbers if n < self.dataset.num_shards and f"{n:05d}.json" in names]
 
     def record(self, shard: int) -> CommitRecord:
@@ -190,9 +190,10 @@ class Store:
             self.mirror.drop(folder, ref)
             data = self._read(folder, ref)
         digest = hashlib.sha256(data).hexdigest()
-        if digest != ref.sha256:
-            must = f"must have SHA-256 {ref.sha256[:16]}"
-            raise CorruptionError(f"{where}: {must}, found {digest[:16]}; restore it from its source")
+        if digest != ref.sha256 or len(data) != ref.num_bytes:
+            must = f"must have {ref.num_bytes} bytes with SHA-256 {ref.sha256[:16]}"
+            found = f"found {len(data)} with {digest[:16]}"
+            raise CorruptionError(f"{where}: {must}, {found}; restore it from its source")
         return data
 
     def fetch(self, folder: str, ref: FileRef) -> None:

@@ -35,11 +35,11 @@ class _File:
             self._file.write(memoryview(bytes(data))[: len(data) // 2])
             self._file.flush()
 
-        self._disk.step("write", torn)
+        self._disk.step("write", self._file.name, torn=torn)
         return self._file.write(data)
 
     def flush(self) -> None:
-        self._disk.step("flush")
+        self._disk.step("flush", self._file.name)
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -65,21 +65,21 @@ class Disk:
         at: n.
 
     Attributes:
-        log: names of the calls so far.
+        log: names of the calls so far, and the paths that they were about.
     """
 
     def __init__(self, root: Path, action: Action = "count", at: int = -1) -> None:
         self.root, self.action, self.at = str(root), action, at
-        self.log: list[str] = []
+        self.log: list[tuple[str, ...]] = []
         self._random = random.Random(at)
         self._lock = threading.Lock()
         self._real: dict[str, Callable[..., Any]] = {}
 
-    def step(self, name: str, torn: Callable[[], None] | None = None) -> None:
+    def step(self, name: str, *paths: str, torn: Callable[[], None] | None = None) -> None:
         """One call; raises, kills or waits when it is its turn."""
         with self._lock:
             number = len(self.log)
-            self.log.append(name)
+            self.log.append((name, *paths))
         if self.action == "slow":
             time.sleep(self._random.expovariate(200))
         full = self.action == "enospc" and number >= self.at and name in _NEED_SPACE
@@ -109,25 +109,26 @@ class Disk:
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            if self._concerns(name, args):
-                self.step(name)
+            paths = self._paths(name, args)
+            if paths and paths[0].startswith(self.root):
+                self.step(name, *paths)
             return real(*args, **options)
 
         return call
 
-    def _concerns(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _paths(self, name: str, args: tuple[Any, ...]) -> list[str]:
         if name == "open" and not args[1] & (os.O_CREAT | os.O_WRONLY):
-            return False
-        if isinstance(args[0], int):
-            return _path_of(args[0]).startswith(self.root)
-        return os.fspath(args[0]).startswith(self.root)
+            return []
+        if name in ("link", "rename", "replace"):
+            return [os.fspath(args[0]), os.fspath(args[1])]
+        return [_path_of(args[0]) if isinstance(args[0], int) else os.fspath(args[0])]
 
     def _open(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             writes = isinstance(mode, str) and set(mode) & set("wxa+")
             if isinstance(file, int) or not writes or not os.fspath(file).startswith(self.root):
                 return real(file, mode, *args, **options)
-            self.step("open")
+            self.step("open", os.fspath(file))
             return _File(real(file, mode, *args, **options), self)
 
         return call

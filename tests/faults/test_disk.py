@@ -35,9 +35,10 @@ def extent(request: pytest.FixtureRequest) -> pytest.FixtureRequest:
     return request
 
 
+@pytest.mark.parametrize("threads", [False, True], ids=["one thread", "threads"])
 @pytest.mark.parametrize("action", ["enospc", "eio"])
 def test_a_write_that_fails_anywhere_loses_nothing(
-    world: World, tmp_path: Path, extent: pytest.FixtureRequest, action: str
+    world: World, tmp_path: Path, extent: pytest.FixtureRequest, action: str, threads: bool
 ) -> None:
     count = sites(world, tmp_path)
     assert count > 50
@@ -45,7 +46,7 @@ def test_a_write_that_fails_anywhere_loses_nothing(
     for at in chosen(count, extent, seed=1):
         folder = tmp_path / f"{action}-{at}"
         with Disk(folder, action, at) as disk:  # type: ignore[arg-type]
-            message = attempt(lambda folder=folder: world.write(folder))  # type: ignore[misc]
+            message = attempt(lambda folder=folder: world.write(folder, threads=threads))  # type: ignore[misc]
         assert len(disk.log) > at
         clean += message == ""
         if message:

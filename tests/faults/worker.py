@@ -2,16 +2,19 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pmetal_distill.offline.repair import repair_cache
-from schemas.errors import PmetalError
+from pmetal_distill.offline.verify import VerifyReport, verify_cache
+from schemas.errors import CacheError, PmetalError
 from tests.faults.disk import Disk
-from tests.faults.world import World
+from tests.faults.world import World, noticed
 
 
 def forked(job: Callable[[], object]) -> int:
@@ -87,6 +90,35 @@ def small_disk(pristine: str, mount: str, *kilobytes: str) -> None:
         print(json.dumps({"size": size, "error": message, "readable": readable, "read_only": refused}))
 
 
+def attack(pristine: str, folder: str, megabytes: str) -> None:
+    """Reads and verifies a cache after each attack, with little memory; says what the reader said."""
+    from tests.faults.attacks import ATTACKS
+
+    world = World(Path(pristine))
+    world.check_whole(world.pristine)
+    room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (
+        int(megabytes) << 20
+    )
+    for number, (name, (change, _)) in enumerate(ATTACKS.items()):
+        root = world.copy(Path(folder) / str(number))
+        change(root)
+        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+        print(json.dumps({"name": name, "begins": True}), flush=True)
+        started = time.perf_counter()
+        said = noticed(world, root)
+        verdict = attempt(lambda root=root: say(verify_cache(root)))  # type: ignore[misc]
+        outcome = {"name": name, "said": said, "verify": verdict, "seconds": time.perf_counter() - started}
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        shutil.rmtree(root)
+        print(json.dumps(outcome), flush=True)
+
+
+def say(report: VerifyReport) -> None:
+    """The findings as an error."""
+    if not report.ok:
+        raise CacheError("\n".join(map(str, report.findings)))
+
+
 def attempt(job: Callable[[], object]) -> str:
     """What a user is told; "" if nothing went wrong."""
     try:
@@ -101,4 +133,4 @@ def run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    {"kill": kill, "write": write, "small_disk": small_disk}[sys.argv[1]](*sys.argv[2:])
+    {"attack": attack, "kill": kill, "write": write, "small_disk": small_disk}[sys.argv[1]](*sys.argv[2:])

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pmetal_distill" / "offline")
 
 from caches import TOKENIZER, hidden_spec, make_dataset, make_sequence, sidecars, write_cache
 
+from pmetal_distill.offline.background import BackgroundWriter
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.offline.repair import repair_cache
 from pmetal_distill.offline.verify import verify_cache
-from pmetal_distill.offline.writer import CacheWriter
+from pmetal_distill.offline.writer import CacheWriter, Sidecars
 from schemas.errors import CacheError
 from schemas.manifest import Dataset
 
@@ -43,14 +44,24 @@ class World:
         if not pristine.exists():
             self.write(pristine)
 
-    def write(self, folder: Path, *, backwards: bool = False) -> None:
-        """What `cache --resume` does: every shard that is missing."""
+    def write(self, folder: Path, *, backwards: bool = False, threads: bool = False) -> None:
+        """What `cache --resume` does: every shard that is missing; with `threads`, as the command does it."""
         with CacheWriter.create_or_resume(folder, self.dataset, TOKENIZER) as writer:
             extra = sidecars(self.dataset, seed=self.seed)
             missing = writer.missing_shards()
+            if threads:
+                self._write_on_threads(writer, missing, Sidecars(**extra))
+                return
             for index in reversed(missing) if backwards else missing:
                 numbers = self.dataset.shard_range(index)
                 writer.write_shard(index, (make_sequence(self.dataset, n) for n in numbers), **extra)
+
+    def _write_on_threads(self, writer: CacheWriter, missing: list[int], extra: Sidecars) -> None:
+        with BackgroundWriter(writer, encoders=2) as background:
+            for index in missing:
+                background.begin(index, extra)
+                for number in self.dataset.shard_range(index):
+                    background.add(make_sequence(self.dataset, number))
 
     def copy(self, folder: Path) -> Path:
         """A copy of the pristine cache."""
