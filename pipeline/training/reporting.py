@@ -96,18 +96,12 @@ def begin_services(settings: TrainSettings) -> Any:
 
 
 def _cut(path: Path, after: int) -> None:
-    """Keeps the lines up to an iteration; a line that was cut off in the middle goes, too."""
-    kept = [line for line in _lines(path) if _iteration(line) <= after]
+    """Keeps the lines up to an iteration; one that was cut off in the middle goes, too."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = [line for line in text.splitlines(keepends=True) if _iteration(line) <= after]
     draft = path.with_name(f".{path.name}.part")
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(path)
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _iteration(line: str) -> float:

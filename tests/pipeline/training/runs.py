@@ -71,6 +71,12 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [_without(json.loads(line), TIMES) for line in text.splitlines()]
 
 
+def figures(out: Path) -> dict[str, Any]:
+    """What a finished run printed, without times and places."""
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return {name: value for name, value in result.items() if name not in TIMES and not isinstance(value, str)}
+
+
 def weights(out: Path) -> dict[str, bytes]:
     """The bytes of every tensor that a run has written: model and adapters."""
     import mlx.core as mx
@@ -82,8 +88,9 @@ def weights(out: Path) -> dict[str, bytes]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Same lines of metrics, each iteration once; same weights, bit by bit."""
+    """Same lines of metrics, each iteration once; same figures in the end; same weights, bit by bit."""
     assert lines(one) == lines(other)
+    assert figures(one) == figures(other)
     numbers = [line["iteration"] for line in lines(one)]
     assert numbers == sorted(set(numbers))
     assert weights(one) == weights(other)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.settings import LoraParameters, TrainSettings
+from pipeline.training.validation import Validator
+from pmetal_distill.checkpoint import list_states
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from tests.pipeline.training.runs import assert_same_run, lines, run_settings, start, stop_after, train
 
@@ -69,6 +71,18 @@ def test_a_stopped_run_goes_on_exactly(variant: str, make: Make) -> None:
     resumed = replace(settings, resume=True)
     stopped(replace(resumed, prefetch=0), 6)
     train(replace(resumed, prefetch=5))
+    assert_same_run(make("straight").out, settings.out)
+
+
+def test_the_best_is_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([1.0, 2.0, 3.0] * 2)
+    monkeypatch.setattr(Validator, "run", lambda self: {"val_kl@1": next(figures)})
+    train(make("straight"))
+    settings = make("stopped")
+    stopped(settings, 9)
+    result = train(replace(settings, resume=True))
+    assert result["best_iteration"] == 4
+    assert [file.number for file in list_states(settings.out / "checkpoints")] == [4, 10, 12]
     assert_same_run(make("straight").out, settings.out)
 
 
