@@ -6,6 +6,7 @@ checkpoints/      states to go on from, see `checkpoints`
 result.json       what the command printed; there when the run is finished
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -104,6 +105,9 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
+        if error is not None and not self.resumed:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # if nothing has been written yet
 
 
 def _locked(path: Path) -> int:
