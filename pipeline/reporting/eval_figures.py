@@ -17,7 +17,16 @@ GROUPS = {
     "by_position": ("position", "By position in the document"),
     "by_kind": ("kind", "By kind of document"),
 }
+MEANS = {
+    "top1": "same first choice",
+    "top5": "the teacher's among its first five",
+    "perplexity": "perplexity",
+    "teacher_perplexity": "the teacher's perplexity",
+    "ece": "calibration error, text",
+    "ece_teacher": "calibration error, teacher",
+}
 SHARES = ("top1", "top5")
+LEAST_TOKENS = 10
 _SHARE_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -62,11 +71,13 @@ def _reliability(curves: Mapping[str, list[Mapping[str, Any]]], evaluation: Mapp
     cells, errors = [], []
     for name, rows in curves.items():
         judge, error = CURVES[name]
-        series.append(Series(judge, sorted((row["confidence"], row["accuracy"]) for row in rows)))
+        points = sorted((row["confidence"], row["accuracy"]) for row in rows if _is_sure(row))
+        series.append(Series(judge, points))
         cells += [[judge, row["confidence"], row["accuracy"], row.get("tokens", "")] for row in rows]
         if _number(evaluation.get(error)):
             errors.append(f"{evaluation[error]:.3g} against {judge}")
-    note = f"Expected calibration error: {', '.join(errors)}." if errors else ""
+    note = f"Expected calibration error: {', '.join(errors)}. " if errors else ""
+    note += f"Bins of fewer than {LEAST_TOKENS} tokens are among the numbers only."
     figure = line_figure(
         "calibration",
         "Calibration of the student's first choice",
@@ -78,6 +89,12 @@ def _reliability(curves: Mapping[str, list[Mapping[str, Any]]], evaluation: Mapp
         note=note,
     )
     return replace(figure, table=Table(["judged by", "probability", "right", "tokens"], cells))
+
+
+def _is_sure(row: Mapping[str, Any]) -> bool:
+    """Whether a bin holds so many tokens that its share means something."""
+    tokens = row.get("tokens")
+    return not isinstance(tokens, int) or tokens >= LEAST_TOKENS
 
 
 def _by_position(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -95,7 +112,7 @@ def _by_position(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _cards(evaluation: Mapping[str, Any]) -> list[Element]:
     means = {
-        name.replace("_", " "): percent(value) if name in SHARES else short(value)
+        _mean_name(name): percent(value) if name in SHARES else short(value)
         for name, value in evaluation.items()
         if _number(value)
     }
@@ -106,6 +123,11 @@ def _cards(evaluation: Mapping[str, Any]) -> list[Element]:
             table = Table(header, [[row.get(key, "") for key in header] for row in rows])
             cards.append(tag("div", tag("h3", title), table.element(), class_="card"))
     return cards
+
+
+def _mean_name(key: str) -> str:
+    kind, at, temperature = key.partition("@")
+    return f"{kind.upper()}, T = {temperature}, nats" if at else MEANS.get(key, key.replace("_", " "))
 
 
 def _rows(evaluation: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

@@ -27,6 +27,7 @@ _LINE = 14.5
 _NEAR, _BOLD, _PLOT = 0.85, 1.1, 0.6
 
 Point = tuple[float, float]
+Placed = tuple[float, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +164,10 @@ def _names(series: Sequence[Series], x: Scale, y: Scale) -> list[Element]:
     edge = [(y(s.points[-1][1]), n) for n, s in enumerate(series) if _at_edge(s, x)]
     placed = [(x.stop, *spot) for spot in _apart(edge, low=TOP, high=y.start + 4)]
     for number, one in enumerate(series):
-        if _at_edge(one, x):
-            continue
-        across, down = x(one.points[-1][0]), y(one.points[-1][1])
-        while any(_touch(across, down, _name_width(one), other, series) for other in placed):
-            down += 1
-        placed.append((across, down, number))
+        if not _at_edge(one, x):
+            across = x(one.points[-1][0])
+            down = _nearest_free(one, across, placed, series, y)
+            placed.append((across, down, number))
     parts = []
     for across, down, number in placed:
         colour = "plain" if series[number].plain else f"s{_style(series, number) % COLOURS}"
@@ -177,9 +176,20 @@ def _names(series: Sequence[Series], x: Scale, y: Scale) -> list[Element]:
     return parts
 
 
-def _touch(
-    across: float, down: float, wide: float, other: tuple[float, float, int], series: Sequence[Series]
-) -> bool:
+def _nearest_free(
+    one: Series, across: float, placed: Sequence[Placed], series: Sequence[Series], y: Scale
+) -> float:
+    """The height nearest to the last point where a name touches no other and not the axis."""
+    wanted, wide = y(one.points[-1][1]), _name_width(one)
+    for step in range(round(y.start - TOP)):
+        for down in (wanted + step, wanted - step):
+            inside = TOP <= down <= y.start - 3
+            if inside and not any(_touch(across, down, wide, other, series) for other in placed):
+                return down
+    return wanted
+
+
+def _touch(across: float, down: float, wide: float, other: Placed, series: Sequence[Series]) -> bool:
     there, height, number = other
     return (
         abs(height - down) < _LINE and across < there + _name_width(series[number]) and there < across + wide

@@ -73,6 +73,22 @@ def test_everything_stays_on_the_chart_and_names_do_not_touch(lists: list[list[f
 
 
 @settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=2, max_size=5))
+def test_names_of_single_points_do_not_touch_and_stay_above_the_axis(
+    points: list[tuple[float, float]],
+) -> None:
+    series = [Series(f"kind {n}", [point], joined=False) for n, point in enumerate(points)]
+    content = line_chart(series, Axis("x", ticks=(0.0, 5.0, 10.0)), Axis("y", ticks=(0.0, 1.0)))
+    names = [w for w in words(content) if w[0].startswith("kind")]
+    floor = max(y for text, _, _, y in words(content) if text in ("0", "10")) - 17
+    for one in range(len(names)):
+        assert names[one][3] <= floor + 4
+        for two in range(one):
+            apart = names[one][1] >= names[two][2] or names[two][1] >= names[one][2]
+            assert apart or abs(names[one][3] - names[two][3]) >= 14
+
+
+@settings(max_examples=40, deadline=None)
 @given(VALUES, VALUES)
 def test_labels_of_the_horizontal_axis_do_not_touch(a: float, b: float) -> None:
     points = [(min(a, b), 1.0), (max(a, b), 2.0)]

@@ -28,6 +28,7 @@ EVALUATION = {
     "reliability": [
         {"above": 0.0, "confidence": 0.125, "accuracy": 0.25, "tokens": 10},
         {"above": 0.5, "confidence": 0.75, "accuracy": 0.5, "tokens": 30},
+        {"above": 0.9, "confidence": 0.96875, "accuracy": 0.0, "tokens": 1},
     ],
     "by_position": [{"position": "<b>0-15</b>", "kl@1": 2.5}, {"position": "16-63", "kl@1": 1.5}],
     "later": {"more": 1},
@@ -105,7 +106,10 @@ def test_evaluation_is_shown(page: str) -> None:
     report = run_report(RunInputs(Path("nowhere"), EVALUATION), footer="")
     figures = {figure.name: figure for figure in report.figures}
     rows = [list(row) for row in figures["calibration"].table.rows]
-    assert rows == [["the text", 0.125, 0.25, 10], ["the text", 0.75, 0.5, 30]]
+    assert rows == [["the text", 0.125, 0.25, 10], ["the text", 0.75, 0.5, 30], ["the text", 0.96875, 0.0, 1]]
+    drawn = figures["calibration"].element().render()
+    assert "0.5 at " in drawn
+    assert "0 at probability" not in drawn, "one token is no share"
     assert [list(row) for row in figures["kl-by-position"].table.rows] == [
         ["<b>0-15</b>", 2.5],
         ["16-63", 1.5],
