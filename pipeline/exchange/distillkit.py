@@ -187,21 +187,29 @@ def _saved_order(state: Path) -> list[Path]:
 
 
 def _batches(file: Path) -> Iterator[Any]:
+    """Batches of rows, their offsets checked: a file may lie about them."""
+    import pyarrow as pa
+
+    try:
+        for batch in _read_batches(file):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: must be readable, found: {error}; copy it again") from error
+
+
+def _read_batches(file: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        if file.suffix == ".parquet":
-            with pq.ParquetFile(file, memory_map=False) as parquet:
-                wanted = [
-                    n for n in parquet.schema_arrow.names if n in ("input_ids", *NEW, *OLD, *PLAIN, *ASIDE)
-                ]
-                yield from parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False)
-        else:
-            with pa.OSFile(str(file)) as stream:
-                yield from pa.ipc.open_stream(stream)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: must be readable, found: {error}; copy it again") from error
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file, memory_map=False) as parquet:
+            known = {"input_ids", *NEW, *OLD, *PLAIN, *ASIDE}
+            wanted = [name for name in parquet.schema_arrow.names if name in known]
+            yield from parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False)
+    else:
+        with pa.OSFile(str(file)) as stream:
+            yield from pa.ipc.open_stream(stream)
 
 
 def _names(file: Path) -> list[str]:

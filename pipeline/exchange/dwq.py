@@ -83,6 +83,8 @@ def open_dwq(source: Path, tokens: Path | None) -> DwqSource:
         raise UsageError(
             "--tokens: must be given, as DWQ targets come without text; examples/dwq_tokens.py writes it"
         )
+    if not tokens.is_file():
+        raise DataError(f"{tokens}: must be a file of token ids, found none; check the path")
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
     if not files:
         inside = [name for name in ("train", "valid") if (source / name).is_dir()]

@@ -67,6 +67,7 @@ def open_npy(path: Path) -> Tensor:
     Raises:
         DataError: missing, damaged, or an array of objects.
     """
+    _require_file(path)
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
@@ -82,6 +83,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: missing or damaged.
     """
+    _require_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -97,6 +99,11 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: must be readable, found: {error}; check the file") from error
     except CacheError as error:
         raise DataError(f"{error}; write the file again") from error
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: must be a file, found nothing, a folder or a pipe; check the path")
 
 
 def _mapped(path: Path, raw: object, start: int, size: int, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Dense logits: every tail, every file type, hostile headers."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,12 @@ class TestRefusals:
     def test_no_header(self, run: Any, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "h.safetensors").write_bytes(data)
         assert "h.safetensors" in run(tmp_path / "h.safetensors").err
+
+    def test_pipes_are_not_waited_for(self, run: Any, tmp_path: Path) -> None:
+        for name in ("p.npy", "p.safetensors"):
+            os.mkfifo(tmp_path / name)
+        assert "must be a file" in run(tmp_path / "p.safetensors").err
+        assert "must be a file" in run(tmp_path / "p.npy", "--tokens", tmp_path / "p.npy").err
 
     def test_shapes_that_do_not_fit(self, run: Any, tmp_path: Path) -> None:
         save_file(
