@@ -180,6 +180,7 @@ def _train_settings(options: DemoOptions, student: Path) -> TrainSettings:
         steps_per_report=4,
         alpha=1.0,
         temperature=2.0,
+        save_every=0,
     )
 
 

@@ -95,7 +95,10 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""
         draft = self.path / f".{RESULT}.part"
-        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(result, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(self.path / RESULT)
 
     def __enter__(self) -> Self:

@@ -34,7 +34,8 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         UsageError: the output folder is in use, or a package is missing.
-        CheckpointError: `resume` with other settings, another student or other data than the run's.
+        CheckpointError: `resume` with other settings, another student or other data than the run's; or a disk
+            that is full or fails.
         IncompatibleError: the student cannot hold the cached ids, or has another tokenizer.
         NonFiniteError: the loss or the weights stopped being numbers.
         KeyboardInterrupt: stopped by a signal, behind a checkpoint.
@@ -86,8 +87,6 @@ def open_together(settings: TrainSettings, world: "World") -> RunFolder:
 
 
 def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Console) -> dict[str, Any]:
-    from pipeline.training.output import write_outputs
-
     if hint := missing_blas():
         console.note(hint)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
@@ -101,7 +100,22 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
     figures = {**loop.log.last, **loop.evaluation}
     if loop.best is not None:
         figures["best_iteration"] = loop.best[0]
-    return {**figures, **write_outputs(settings, loop.distiller.student, loop.source, figures)}
+    return {**figures, **_written(settings, loop, figures)}
+
+
+def _written(settings: TrainSettings, loop: "Loop", figures: dict[str, Any]) -> dict[str, str]:
+    """Writes what was trained; a full disk, which MLX reports as a RuntimeError, is an error of ours."""
+    from pipeline.training.output import write_outputs
+
+    try:
+        return write_outputs(settings, loop.distiller.student, loop.source, figures)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "[write]" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{settings.out}: what was trained must be written in full, found {error}; free space or fix the "
+            "disk, then run the same command with --resume"
+        ) from error
 
 
 def _require_same_start(iteration: int, world: "World") -> None:

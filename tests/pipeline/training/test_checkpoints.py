@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.console import Console
 from pipeline.settings import TrainSettings
+from pipeline.training import output
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.loop import criterion
 from pipeline.training.validation import Validator
 from pmetal_distill.checkpoint import TrainingState, list_states
-from pmetal_distill.distiller import Distiller
 from schemas.errors import CheckpointError, CorruptionError, NonFiniteError, VersionError
 from tests.pipeline.training.runs import QUIET, assert_same_run, run_settings, stop_after, train
 
@@ -139,25 +139,52 @@ class TestDamage:
             checkpoints.latest(QUIET)
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(make: Make) -> None:
-    train(make("straight"))
-    settings, inner, limits = make("full"), Distiller.step, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def step_then_fill_the_disk(self: Distiller, batch: Any) -> Any:
-        parts = inner(self, batch)
-        if self.updates == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        return parts
-
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestFullDisk:
+    def test_at_a_checkpoint_the_one_before_stays(self, make: Make) -> None:
+        train(make("straight"))
+        settings, inner = make("full"), Checkpoints.save
+
+        def save_on_a_full_disk(self: Checkpoints, iteration: int, *args: Any, **kwargs: Any) -> Any:
+            if iteration < 6:
+                return inner(self, iteration, *args, **kwargs)
+            with full_disk(50_000):
+                return inner(self, iteration, *args, **kwargs)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Distiller, "step", step_then_fill_the_disk)
+            patch.setattr(Checkpoints, "save", save_on_a_full_disk)
             with pytest.raises(
                 CheckpointError, match=r"checkpoints/00000006: must be written in full, found .*--resume"
             ):
                 train(settings)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert numbers(settings) == [2, 4]
-    train(replace(settings, resume=True))
-    assert_same_run(make("straight").out, settings.out)
+        assert numbers(settings) == [2, 4]
+        train(replace(settings, resume=True))
+        assert_same_run(make("straight").out, settings.out)
+
+    def test_at_the_end_the_last_checkpoint_gives_the_model(self, make: Make) -> None:
+        train(make("straight"))
+        settings, inner = make("full"), output.write_outputs
+
+        def write_on_a_full_disk(*args: Any) -> Any:
+            with full_disk(50_000):
+                return inner(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output, "write_outputs", write_on_a_full_disk)
+            with pytest.raises(CheckpointError, match=r"what was trained must be written in full.*--resume"):
+                train(settings)
+        assert not (settings.out / "model").exists()
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 0, AssertionError)
+            train(replace(settings, resume=True))
+        assert_same_run(make("straight").out, settings.out)

@@ -19,6 +19,7 @@ from pipeline.settings import LrSchedule, TrainSettings
 from pipeline.training.folder import RunFolder
 from pipeline.training.identity import FREE, deciding_settings
 from pmetal_distill.checkpoint import list_states
+from pmetal_distill.distiller import Distiller
 from schemas.errors import CheckpointError, NonFiniteError, PmetalError, UsageError
 from tests.pipeline.conftest import Cli
 from tests.pipeline.training.runs import QUIET, assert_same_run, lines, run_settings, stop_after, train
@@ -239,17 +240,25 @@ class TestNumbers:
         for file in list_states(settings.out / "checkpoints"):
             assert all(mx.isfinite(array).all().item() for array in file.read().arrays.values())
 
-    def test_the_rows_are_named(self, make: Make) -> None:
-        settings = make(learning_rate=1e30, warmup=0, save_every=3, optimizer="sgd", grad_clip=None)
-        with pytest.raises(
-            NonFiniteError,
-            match=r"iteration [23]: the loss must be finite, found (nan|inf) on sequences \[\d+, \d+\]",
-        ):
-            train(settings)
-        assert not list_states(settings.out / "checkpoints")
+    def test_a_loss_that_is_none_is_told_with_its_rows_and_the_checkpoint_stays(self, make: Make) -> None:
+        inner, read = Distiller.step, []
+
+        def step(self: Distiller, batch: Any) -> Any:
+            read.append(batch.numbers.tolist())
+            parts = inner(self, batch)
+            return parts._replace(total=mx.array(float("nan"))) if len(read) == 4 else parts
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Distiller, "step", step)
+            with pytest.raises(NonFiniteError) as caught:
+                train(make(save_every=3))
+        assert str(caught.value).startswith(
+            f"iteration 4: the loss must be finite, found nan on sequences {read[3]}; lower the learning rate"
+        )
+        assert [file.read().record["iteration"] for file in list_states(make().out / "checkpoints")] == [3]
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(make: Make) -> None:
     with pytest.raises(PmetalError):
         train(make(cache=Path("nowhere")), QUIET)
-    assert list(make().out.iterdir()) == []
+    assert not make().out.exists()
