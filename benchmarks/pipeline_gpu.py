@@ -1,21 +1,25 @@
 """The pipeline on a GPU: a random Llama of about 1B, V = 151936, bf16; kernels against plain operations.
 
-    python benchmarks/pipeline_gpu.py [--sequences 96 --length 1024 --iters 12] [--json PATH]
+    python benchmarks/pipeline_gpu.py [--sequences 768 --checked 64 --length 1024 --iters 12] [--json PATH]
 
-Prints tokens a second of the bare teacher (body and head, nothing kept), of `cache` and of `train` with the
-kernels on and with PMETAL_KERNELS=plain, and how far the results are apart. Needs about 40 GB of GPU memory.
+Prints tokens a second of the bare teacher (body and head on the same rows, nothing kept) and of `cache` with
+the kernels on, over all sequences, for each tail. Those of `cache` count all tokens from the first batch to
+the last commit; calibration, the reading of text and the hashing of weights stand beside them. Then, over
+fewer sequences, `cache` and `train` with the kernels and with PMETAL_KERNELS=plain, and how far the results
+are apart. The last run of `cache` of each tail is a profile (`benchmarks/phases.py`). Needs 40 GB of GPU
+memory.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +32,15 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from mlx.utils import tree_map
 
-from pipeline.batching import token_batches
-from pipeline.cache import read_data, run_cache
+from benchmarks.phases import timed
+from pipeline.cache import read_data, run_cache, target_spec
 from pipeline.console import Console
 from pipeline.settings import CacheSettings, TrainSettings
+from pipeline.teacher import TeacherRunner
 from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
 from pmetal_distill.models import LoadedModel, load_model
+from pmetal_distill.offline.capture import PendingCapture
 from pmetal_distill.offline.reader import LogitCache
 from tests.tiny import random_model, save_tokenizer, tiny_config
 
@@ -53,6 +59,9 @@ class Check:
         sequences, length: of the text.
         iters: training steps.
         chunk: rows of logits that exist at once.
+        step: of the sketch. A random model's logits spread less than a real one's: at 20 its coordinates
+            take as many bytes as those of a real one at 60.
+        checked: sequences of the part that is run with plain operations too.
     """
 
     folder: Path
@@ -63,6 +72,8 @@ class Check:
     length: int
     iters: int
     chunk: int
+    step: float
+    checked: int
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, **values: Any) -> None:
@@ -71,12 +82,13 @@ class Check:
         shown = "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"{name:34s} {shown}", flush=True)
 
-    def cache_settings(self, name: str, tail: Any) -> CacheSettings:
+    def cache_settings(self, name: str, tail: Any, *, text: str = "text") -> CacheSettings:
         """Stage one into a folder of this name."""
         return CacheSettings(
             teacher=str(self.folder / "teacher"),
-            data=str(self.folder / "text.jsonl"),
+            data=str(self.folder / f"{text}.jsonl"),
             out=self.folder / name,
+            sketch_step=self.step,
             max_seq_len=self.length,
             batch_size=8,
             top_k=64,
@@ -118,13 +130,14 @@ def write_model(folder: Path, *, vocab: int, layers: int, width: int, seed: int)
     save_tokenizer(folder)
 
 
-def write_text(path: Path, *, documents: int, characters: int) -> None:
-    """Random letters: a sequence each, about two tokens in three characters."""
+def write_text(path: Path, *, tokens: int) -> None:
+    """Random letters, about so many tokens, in documents of about 16,000 tokens."""
     rng = np.random.default_rng(0)
     alphabet = np.array(list("abcdefghijklmnopqrstuvwxyz     .,"))
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(documents):
-            file.write(json.dumps({"text": "".join(rng.choice(alphabet, characters))}) + "\n")
+        for start in range(0, tokens, 1 << 14):
+            count = min(1 << 14, tokens - start)
+            file.write(json.dumps({"text": "".join(rng.choice(alphabet, count))}) + "\n")
 
 
 def prepare(check: Check) -> LoadedModel:
@@ -132,31 +145,40 @@ def prepare(check: Check) -> LoadedModel:
     for index, name in enumerate(("teacher", "student")):
         layers = check.layers[index]
         write_model(check.folder / name, vocab=check.vocab, layers=layers, width=check.width, seed=index)
-    write_text(check.folder / "text.jsonl", documents=check.sequences, characters=check.length)
+    write_text(check.folder / "text.jsonl", tokens=check.sequences * check.length)
+    write_text(check.folder / "part.jsonl", tokens=check.checked * check.length)
     mx.clear_cache()
     teacher = load_model(str(check.folder / "teacher"))
     count = sum(w.size for w in _leaves(teacher.model.parameters()))
+    check.add("device", **{k: str(v) for k, v in mx.device_info().items()}, mlx=mx.__version__)
     check.add("teacher", parameters=count, vocab=check.vocab)
     return teacher
 
 
-def bare_teacher(check: Check, teacher: LoadedModel) -> float:
-    """Tokens a second of body and head alone, in the batches and chunks of stage one; logits are dropped."""
-    data = read_data(check.cache_settings("unused", "bucket"), teacher)
+def bare_teacher(check: Check, teacher: LoadedModel, chunk: int, *, capture: bool = False) -> float:
+    """Tokens a second of body and head alone, in the batches, rows and chunks of stage one; nothing is kept.
+
+    With `capture`, targets are captured too, and stay on the device.
+    """
+    settings = check.cache_settings("unused", "bucket")
+    data, spec = read_data(settings, teacher), target_spec(settings, teacher.vocab_size)
+    runner = TeacherRunner(teacher, data, settings.batch_size)
     speeds = []
+    mx.reset_peak_memory()
     for _ in range(3):
-        tokens, start = 0, time.perf_counter()
-        for batch in token_batches(data, range(data.num_sequences), batch_size=8):
-            hidden = teacher.hidden(mx.array(batch.token_ids), documents=batch.documents).final
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            for first in range(0, len(rows), check.chunk):
-                mx.async_eval(teacher.logits(rows[first : first + check.chunk]))
-            tokens += sum(batch.lengths)
+        start = time.perf_counter()
+        for states in runner.run(range(data.num_sequences)):
+            if capture:
+                PendingCapture(states.final, teacher.logits, spec, chunk=chunk)
+                continue
+            for first in range(0, len(states.final), chunk):
+                mx.async_eval(teacher.logits(states.final[first : first + chunk]))
         mx.synchronize()
-        speeds.append(tokens / (time.perf_counter() - start))
-    best = statistics.median(speeds)
-    check.add("bare teacher", tokens=tokens, tokens_per_second=best)
-    return best
+        speeds.append(data.num_tokens / (time.perf_counter() - start))
+    name = f"{'captured' if capture else 'bare teacher'}, chunk {chunk}"
+    peak = mx.get_peak_memory() / 1e9
+    check.add(name, tokens=data.num_tokens, tokens_per_second=max(speeds), peak_gb=peak)
+    return max(speeds)
 
 
 @contextmanager
@@ -172,37 +194,64 @@ def kernels(choice: str) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float) -> None:
-    """`cache` twice a choice: the first run compiles."""
+def run_stage_one(
+    check: Check, teacher: LoadedModel, settings: CacheSettings, name: str, **more: Any
+) -> None:
+    """One run of `cache`, its speed and what lies beside it."""
+    shutil.rmtree(settings.out, ignore_errors=True)
+    reset_engaged()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    with timed() if "profile" in name else nullcontext({}) as phases:
+        found = run_cache(settings, QUIET, teacher=teacher)
+    seconds = time.perf_counter() - start
+    if "bare" in more:
+        more["of_bare"] = found["tokens_per_second"] / more.pop("bare")
+    check.add(
+        f"{settings.out.name} ({backend()}, {name})",
+        tokens=found["new_tokens"],
+        tokens_per_second=found["tokens_per_second"],
+        **more,
+        calibration_seconds=found["calibration_seconds"],
+        start_seconds=seconds - found["seconds"],
+        bytes_per_token=float(found["bytes_per_token"]),
+        peak_gb=mx.get_peak_memory() / 1e9,
+        engaged=engaged(),
+    )
+    for phase, took in phases.items():
+        check.add(f"  {phase}", seconds=took)
+
+
+def speed_of_stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float) -> None:
+    """`cache` with the kernels: the first run compiles them, the last is a profile."""
+    for name in ("first", "again", "profile"):
+        run_stage_one(check, teacher, check.cache_settings(f"cache-{tail}", tail), name, bare=bare)
+    shutil.rmtree(check.folder / f"cache-{tail}")
+
+
+def both_choices(check: Check, teacher: LoadedModel, tail: Any) -> None:
+    """`cache` of the smaller part, with the kernels and without."""
     for choice in ("auto", "plain"):
         with kernels(choice):
-            for turn in ("first", "again")[: 2 if choice == "auto" else 1]:
-                name = f"cache-{tail}-{choice}"
-                shutil.rmtree(check.folder / name, ignore_errors=True)
-                reset_engaged()
-                start = time.perf_counter()
-                found = run_cache(check.cache_settings(name, tail), QUIET, teacher=teacher)
-                check.add(
-                    f"{name} ({backend()}, {turn})",
-                    tokens_per_second=found["tokens_per_second"],
-                    of_bare=found["tokens_per_second"] / bare,
-                    seconds=time.perf_counter() - start,
-                    bytes_per_token=float(found["bytes_per_token"]),
-                    engaged=engaged(),
-                )
+            settings = check.cache_settings(f"cache-{tail}-{choice}", tail, text="part")
+            run_stage_one(check, teacher, settings, "part")
 
 
 def compare_caches(check: Check, tail: str) -> None:
     """How far the targets of the two caches are apart."""
     one, two = (LogitCache(check.folder / f"cache-{tail}-{c}") for c in ("auto", "plain"))
-    worst: dict[str, float] = {"ids_differ": 0.0, "logprobs": 0.0, "curve": 0.0}
-    for number in range(0, one.num_sequences, max(1, one.num_sequences // 8)):
+    worst: dict[str, float] = defaultdict(float)
+    for number in range(0, one.num_sequences, max(1, one.num_sequences // 16)):
         a, b = one.sequence(number).targets, two.sequence(number).targets
         worst["ids_differ"] = max(worst["ids_differ"], float((a.head_ids != b.head_ids).mean()))
-        worst["logprobs"] = max(worst["logprobs"], float(np.abs(a.head_logprobs - b.head_logprobs).max()))
-        if a.tail_curve.size:
-            worst["curve"] = max(worst["curve"], float(np.abs(a.tail_curve - b.tail_curve).max()))
+        for name in ("head_logprobs", "tail_curve", "coordinates"):
+            x, y = getattr(a, name), getattr(b, name)
+            if x.size:
+                worst[name] = max(worst[name], float(np.abs(x - y).max()))
     check.add(f"caches, tail {tail}, kernels against plain", **worst)
+    if tail == "sketch":
+        for name, figure in one.records[0].measured.items():
+            check.add(f"  measured {name}", kernels=figure, plain=two.records[0].measured[name])
 
 
 def stage_two(check: Check, tail: str) -> None:
@@ -253,11 +302,13 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs=2, default=(16, 4), metavar=("TEACHER", "STUDENT"))
-    parser.add_argument("--sequences", type=int, default=96)
+    parser.add_argument("--sequences", type=int, default=768)
+    parser.add_argument("--checked", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--iters", type=int, default=12)
     parser.add_argument("--chunk", type=int, default=2048)
-    parser.add_argument("--tails", nargs="+", default=["bucket"])
+    parser.add_argument("--step", type=float, default=20.0)
+    parser.add_argument("--tails", nargs="+", default=["bucket", "sketch"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         check = Check(
@@ -269,11 +320,16 @@ def main() -> int:
             options.length,
             options.iters,
             options.chunk,
+            options.step,
+            options.checked,
         )
         teacher = prepare(check)
-        bare = bare_teacher(check, teacher)
+        bare = bare_teacher(check, teacher, check.chunk)
+        bare_teacher(check, teacher, check.chunk, capture=True)
         for tail in options.tails:
-            stage_one(check, teacher, tail, bare)
+            speed_of_stage_one(check, teacher, tail, bare)
+        for tail in options.tails:
+            both_choices(check, teacher, tail)
             compare_caches(check, tail)
             stage_two(check, tail)
     if options.json:

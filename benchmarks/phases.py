@@ -1,0 +1,89 @@
+"""Where the time of stage one goes: seconds by phase, summed over calls, on the main thread and beside it.
+
+Times are of wall clocks around functions, so phases of different threads overlap, and a thread that waits for
+the interpreter counts the wait. Splitting the wait for the device from the copy costs nothing.
+"""
+
+import importlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+PHASES = {
+    "main: queue forward passes": "pipeline.teacher:TeacherRunner._forward",
+    "main: queue head and capture": "pmetal_distill.offline.capture:PendingCapture.__init__",
+    "main: wait for the device, copy": "pmetal_distill.offline.capture:_received",
+    "main: hand over, wait for threads": "pmetal_distill.offline.background:BackgroundWriter.add",
+    "main: judge stretches": "pipeline.calibration:Calibrator.judge",
+    "threads: encode": "pmetal_distill.offline.shard:ShardDraft.encode",
+    "threads: write": "pmetal_distill.offline.shard:ShardDraft.write",
+    "threads: seal": "pmetal_distill.offline.writer:CacheWriter.commit",
+    "threads: hash the weights": "pmetal_distill.models:folder_fingerprint",
+    "start: read text": "pipeline.cache:read_data",
+    "calibration: all": "pipeline.calibration:Calibrator.learn",
+    "calibration: sample": "pipeline.calibration:Calibrator._sampled",
+    "calibration: moments": "pmetal_distill.offline.calibrate:sum_moments",
+    "calibration: fit": "pmetal_distill.offline.calibrate:_fit",
+    "calibration: capture": "pmetal_distill.offline.calibrate:Sample.captured",
+    "calibration: codebook": "schemas.codebook:Codebook.fit",
+    "calibration: predictor": "pmetal_distill.offline.calibrate:_with_predictor",
+    "calibration: margin": "pmetal_distill.offline.calibrate:_with_best_margin",
+    "calibration and judge: measure": "pmetal_distill.offline.calibrate:measure",
+}
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Seconds by phase of what runs inside the block; complete when it ends."""
+    seconds: dict[str, float] = defaultdict(float)
+    lock = threading.Lock()
+    with ExitStack() as stack:
+        for phase, target in PHASES.items():
+            stack.enter_context(_wrapped(target, _clock(phase, seconds, lock)))
+        yield seconds
+
+
+def _clock(phase: str, seconds: dict[str, float], lock: Any) -> Callable[[Any], Any]:
+    def add(name: str, started: float) -> None:
+        with lock:
+            seconds[name] += time.perf_counter() - started
+
+    def around(function: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            if phase == "main: wait for the device, copy":
+                mx.eval(arguments[0])
+                add("main: wait for the device", started)
+                started, name = time.perf_counter(), "main: copy"
+            else:
+                name = phase
+            try:
+                return function(*arguments, **named)
+            finally:
+                add(name, started)
+
+        return run
+
+    return around
+
+
+@contextmanager
+def _wrapped(target: str, around: Callable[[Any], Any]) -> Iterator[None]:
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    before = vars(owner)[name]
+    plain = before.__func__ if isinstance(before, staticmethod) else before
+    changed = around(plain)
+    setattr(owner, name, staticmethod(changed) if isinstance(before, staticmethod) else changed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
