@@ -22,7 +22,7 @@ class Checkpoint:
 
     Attributes:
         iteration: batches trained before it.
-        state: of the distiller, and what else was saved; arrays are read from the file when they are used.
+        state: of the distiller, and what else was saved.
     """
 
     iteration: int

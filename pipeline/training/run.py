@@ -90,8 +90,10 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
     if hint := missing_blas():
         console.note(hint)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
-    checkpoint = _checkpoint(settings, folder, checkpoints, console)
-    loop = prepare_loop(settings, checkpoints, checkpoint, console, world=world)
+    # No name is kept for the checkpoint: its arrays must go when training has replaced them.
+    loop = prepare_loop(
+        settings, checkpoints, _checkpoint(settings, folder, checkpoints, console), console, world=world
+    )
     _require_same_start(loop.iteration, world)
     with _metrics(settings, folder, loop.iteration, world) as metrics:
         loop.run(metrics, console)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from pipeline.settings import LoraParameters, TrainSettings
@@ -84,6 +85,19 @@ def test_the_best_is_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     assert result["best_iteration"] == 4
     assert [file.number for file in list_states(settings.out / "checkpoints")] == [4, 10, 12]
     assert_same_run(make("straight").out, settings.out)
+
+
+def test_a_resumed_run_takes_no_more_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[str, int] = {}
+    monkeypatch.setattr(Validator, "run", lambda self: held.update(now=mx.get_active_memory()) or {})
+    before = mx.get_active_memory()
+    train(make("straight"))
+    straight = held["now"] - before
+    settings = make("stopped")
+    stopped(settings, 7)
+    before = mx.get_active_memory()
+    train(replace(settings, resume=True))
+    assert held["now"] - before < 1.1 * straight
 
 
 def test_beside_a_live_teacher(make: Make, tiny_teacher: Path, text_file: Path) -> None:
