@@ -9,7 +9,7 @@ from pipeline.console import Console
 
 
 @click.command("report")
-@click.argument("source", metavar="RUN|CACHE", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RUN|CACHE")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
 @click.option("--plan", type=click.Path(path_type=Path), help="For a cache: what `plan --json` printed.")
 @click.option(
@@ -22,7 +22,7 @@ from pipeline.console import Console
 )
 @console_options
 def command(
-    source: Path,
+    source: str,
     out: Path,
     plan: Path | None,
     evaluation: Path | None,

@@ -11,6 +11,7 @@ from pipeline.console import Console
 from pipeline.reporting.cache_report import cache_report
 from pipeline.reporting.images import write_figures
 from pipeline.reporting.page import GENERATOR, Report
+from pipeline.reporting.places import is_remote, shown
 from pipeline.reporting.plan_figures import plan_rows
 from pipeline.reporting.run_files import read_object
 from pipeline.reporting.run_report import RunInputs, run_report
@@ -25,14 +26,14 @@ class ReportOptions:
     """What to draw and where to.
 
     Attributes:
-        source: folder of a cache or a run.
+        source: folder of a cache or a run, or the URL of a cache.
         out: the HTML file.
         plan: what `plan --json` printed, for a cache.
         evaluation: what `eval --json` printed, for a run.
         figures: a folder for the figures as files of their own.
     """
 
-    source: Path
+    source: str
     out: Path
     plan: Path | None = None
     evaluation: Path | None = None
@@ -52,7 +53,7 @@ def build_report(options: ReportOptions, console: Console) -> dict[str, Any]:
     kind = kind_of(options.source)
     _check_options(options, kind)
     _check_out(options.out)
-    console.note(f"reading the {kind} {options.source}")
+    console.note(f"reading the {kind} {shown(options.source)}")
     report = _report(options, kind)
     text = report.html()
     _write(options.out, text)
@@ -79,13 +80,14 @@ def report_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def kind_of(folder: Path) -> str:
+def kind_of(source: str) -> str:
     """ "cache" or "run".
 
     Raises:
         UsageError: neither.
     """
-    if (folder / "dataset.json").is_file():
+    folder = Path(source)
+    if is_remote(source) or (folder / "dataset.json").is_file():
         return "cache"
     if (folder / METRICS).is_file() or (folder / CONFIG).is_file():
         return "run"
@@ -101,7 +103,7 @@ def _report(options: ReportOptions, kind: str) -> Report:
     if kind == "run":
         path = options.evaluation
         found = read_object(path, printed_by="eval --json") if path else None
-        return run_report(RunInputs(options.source, found), footer=footer)
+        return run_report(RunInputs(Path(options.source), found), footer=footer)
     rows = []
     if options.plan is not None:
         plan = read_object(options.plan, printed_by="plan --json")
@@ -113,7 +115,7 @@ def _check_options(options: ReportOptions, kind: str) -> None:
     if kind == "run" and options.plan is not None:
         raise UsageError(f"--plan: goes with a cache, found the run {options.source}; leave it out")
     if kind == "cache" and options.evaluation is not None:
-        raise UsageError(f"--eval: goes with a run, found the cache {options.source}; leave it out")
+        raise UsageError(f"--eval: goes with a run, found the cache {shown(options.source)}; leave it out")
 
 
 def _check_out(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class Uncertainty:
     tail: list[Spread]
 
 
-def open_heads(folder: Path) -> "LogitCache":
+def open_heads(place: str) -> "LogitCache":
     """The cache, finished or not, without its sketches.
 
     Raises:
@@ -50,7 +49,7 @@ def open_heads(folder: Path) -> "LogitCache":
     """
     from pmetal_distill.offline.reader import LogitCache
 
-    return LogitCache(folder, rank=0, allow_partial=True)
+    return LogitCache(place, rank=0, allow_partial=True)
 
 
 def spread_numbers(numbers: npt.NDArray[np.int64], count: int) -> list[int]:

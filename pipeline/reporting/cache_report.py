@@ -20,6 +20,7 @@ from pipeline.reporting.lines import Series
 from pipeline.reporting.markup import Element, tag
 from pipeline.reporting.numbers import file_size, percent, short
 from pipeline.reporting.page import Report, Section, Tile, fact_list, facts
+from pipeline.reporting.places import shown
 from pipeline.reporting.plan_figures import PlanRow, plan_section
 from pipeline.reporting.text_page import TextPage
 
@@ -46,24 +47,25 @@ MEASURES = {
 APART = ("hidden", "sidecars")
 
 
-def cache_report(folder: Path, *, plan: list[PlanRow], footer: str) -> Report:
+def cache_report(place: str, *, plan: list[PlanRow], footer: str) -> Report:
     """The report of a cache, finished or not.
 
     Args:
-        folder: of the cache.
+        place: folder or URL of the cache.
         plan: rows of a plan, to stand beside this cache; may be empty.
         footer: the page's last line.
 
     Raises:
         CacheError: it cannot be read.
     """
-    described = describe(folder)
-    cache = open_heads(folder)
+    described = describe(place)
+    cache = open_heads(place)
+    described["meta"] = {name: shown(text) for name, text in described["meta"].items()}
     teacher = described["meta"].get("teacher", "a teacher")
     return Report(
         kicker="Cache of teacher distributions",
         title=Path(teacher).name or teacher,
-        subtitle=f"{folder} · made from {described['meta'].get('data', 'unnamed text')}",
+        subtitle=f"{shown(place)} · made from {described['meta'].get('data', 'unnamed text')}",
         tiles=_tiles(described),
         sections=[
             _uncertainty(cache),
@@ -180,8 +182,7 @@ def _sizes(described: dict[str, Any]) -> Section:
         "bytes",
         title,
         [f"{short(round(total, 1))} bytes a token in all, input ids included."],
-        [figure],
-        [tag("div", tag("h3", "In all"), _totals(described), class_="card")],
+        [figure, tag("div", tag("h3", "In all"), _totals(described), class_="card")],
     )
 
 

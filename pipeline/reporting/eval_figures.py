@@ -37,17 +37,18 @@ def evaluation_section(evaluation: Mapping[str, Any] | None) -> Section:
         reason = "give --eval FILE, the output of 'pmetal-pipeline eval --json', to see it"
         return Section("evaluation", title, skipped=reason)
     lead = [_source(evaluation)]
-    figures = []
+    cells: list[Figure | Element] = []
     if curves := _curves(evaluation):
-        figures.append(_reliability(curves, evaluation))
+        cells.append(_reliability(curves, evaluation))
         lead.append(
             "Where the student gives its first choice a probability of 0.7, it should be right seven times "
             "in ten: on the dashed line. Below the line it is too sure of itself. A student that equals its "
             "teacher lies on the line when it is judged by the teacher's own probabilities."
         )
+    cells.append(tag("div", tag("h3", "Means"), fact_list(_means(evaluation)), class_="card"))
     if (positions := _rows(evaluation, "by_position")) and all("kl@1" in row for row in positions):
-        figures.append(_by_position(positions))
-    return Section("evaluation", title, lead, figures, _cards(evaluation))
+        cells.append(_by_position(positions))
+    return Section("evaluation", title, lead, [*cells, *_tables(evaluation)])
 
 
 def _source(evaluation: Mapping[str, Any]) -> str:
@@ -110,18 +111,21 @@ def _by_position(rows: Sequence[Mapping[str, Any]]) -> Figure:
     )
 
 
-def _cards(evaluation: Mapping[str, Any]) -> list[Element]:
-    means = {
+def _means(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    return {
         _mean_name(name): percent(value) if name in SHARES else short(value)
         for name, value in evaluation.items()
         if _number(value)
     }
-    cards = [tag("div", tag("h3", "Means"), fact_list(means), class_="card")]
+
+
+def _tables(evaluation: Mapping[str, Any]) -> list[Element]:
+    cards = []
     for name, (first, title) in GROUPS.items():
         if rows := _rows(evaluation, name):
             header = [first, *(key for key in rows[0] if key != first)]
             table = Table(header, [[row.get(key, "") for key in header] for row in rows])
-            cards.append(tag("div", tag("h3", title), table.element(), class_="card"))
+            cards.append(tag("div", tag("h3", title), table.element(), class_="card wide"))
     return cards
 
 

@@ -29,8 +29,7 @@ class Section:
         name: its anchor.
         title: its heading.
         lead: what it shows and how to read it; one text a paragraph.
-        figures: charts, side by side where there is room.
-        beside: elements that follow in the same rows.
+        cells: charts and cards, side by side where there is room.
         extra: elements below them.
         skipped: why there is nothing, or "".
     """
@@ -38,15 +37,14 @@ class Section:
     name: str
     title: str
     lead: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
-    beside: Sequence[Element] = ()
+    cells: Sequence[Figure | Element] = ()
     extra: Sequence[Element] = ()
     skipped: str = ""
 
     def element(self) -> Element:
         """The section as part of a page."""
-        charts = [*(figure.element() for figure in self.figures), *self.beside]
-        body = [tag("div", charts, class_="figures") if charts else None, self.extra]
+        cells = [cell.element() if isinstance(cell, Figure) else cell for cell in self.cells]
+        body = [tag("div", cells, class_="figures") if cells else None, self.extra]
         return tag(
             "section",
             tag("div", tag("h2", self.title), [tag("p", text) for text in self.lead], class_="lead"),
@@ -85,7 +83,7 @@ class Report:
     @property
     def figures(self) -> list[Figure]:
         """All charts, in order."""
-        return [figure for section in self.shown for figure in section.figures]
+        return [cell for section in self.shown for cell in section.cells if isinstance(cell, Figure)]
 
     @property
     def skipped(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.lines import Point
+from pipeline.reporting.places import is_remote
 from pipeline.training.folder import CONFIG, METRICS
 from pmetal_distill.yaml_files import read_yaml
 from schemas.errors import DataError, UsageError
@@ -107,13 +108,15 @@ def read_object(path: Path, *, printed_by: str) -> dict[str, Any]:
     return value
 
 
-def find_cache(settings: Mapping[str, Any], run: Path) -> Path | None:
+def find_cache(settings: Mapping[str, Any], run: Path) -> str | None:
     """The cache of a run: where its settings say, or beside the run under the same name; None if gone."""
     given = settings.get("cache")
     if not given:
         return None
+    if is_remote(given):
+        return str(given)
     places = [Path(str(given)), run.parent / Path(str(given)).name]
-    return next((place for place in places if (place / "dataset.json").is_file()), None)
+    return next((str(place) for place in places if (place / "dataset.json").is_file()), None)
 
 
 def _entry(line: str) -> dict[str, Any] | None:

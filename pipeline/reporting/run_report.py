@@ -11,6 +11,7 @@ from pipeline.reporting.figures import Figure, line_figure
 from pipeline.reporting.lines import Series
 from pipeline.reporting.numbers import percent, short
 from pipeline.reporting.page import Report, Section, Tile, facts
+from pipeline.reporting.places import shown
 from pipeline.reporting.run_files import Metrics, find_cache, read_metrics, read_settings
 from pipeline.reporting.student_page import student_section
 
@@ -49,7 +50,7 @@ def run_report(inputs: RunInputs, *, footer: str) -> Report:
     return Report(
         kicker="Distillation run",
         title="/".join(inputs.folder.resolve().parts[-2:]),
-        subtitle=f"{student.name} learns from {source}",
+        subtitle=f"{student.name} learns from {shown(source)}",
         tiles=_tiles(metrics, inputs.evaluation),
         sections=[
             _training(metrics, settings),
@@ -67,15 +68,15 @@ def _tiles(metrics: Metrics, evaluation: Mapping[str, Any] | None) -> list[Tile]
     tiles = []
     for name, label, unit in (
         ("loss", "loss at the end", ""),
-        ("val_kl@1", "held-out KL at T = 1", "nats"),
-        ("val_kl@2", "held-out KL at T = 2", "nats"),
+        ("val_kl@1", "held-out KL, T\u00a0=\u00a01", "nats"),
+        ("val_kl@2", "held-out KL, T\u00a0=\u00a02", "nats"),
         ("tokens", "tokens trained on", ""),
         ("seconds", "training", "seconds"),
         ("tokens_per_second", "speed", "tokens/s"),
     ):
         if (value := metrics.last(name)) is not None:
             tiles.append(Tile(label, short(round(value, 3)), unit))
-    for name, label in (("kl@1", "KL to the teacher, T = 1"), ("top1", "same first choice")):
+    for name, label in (("kl@1", "KL to the teacher, T\u00a0=\u00a01"), ("top1", "same first choice")):
         value = (evaluation or {}).get(name)
         if isinstance(value, int | float):
             tiles.append(Tile(label, percent(value) if name == "top1" else short(value)))
@@ -170,7 +171,7 @@ def _shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else shown(value)
 
 
 def _figure(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TITLE = "Where the student differs"
 
 
-def student_section(run: Path, cache: Path | None, settings: Mapping[str, Any]) -> Section:
+def student_section(run: Path, cache: str | None, settings: Mapping[str, Any]) -> Section:
     """Teacher and student on a page of text from the run's cache, held-out text if there is any."""
     if cache is None:
         return Section("student", TITLE, skipped=_no_cache(settings))
@@ -30,14 +30,14 @@ def _no_cache(settings: Mapping[str, Any]) -> str:
     return "the run had no cache but a live teacher"
 
 
-def _section(run: Path, folder: Path, settings: Mapping[str, Any]) -> Section:
+def _section(run: Path, place: str, settings: Mapping[str, Any]) -> Section:
     from pipeline.eval_subject import load_subject
     from pipeline.reporting.agreement import compare_texts
     from pipeline.training.student import check_student
     from pmetal_distill.models import load_tokenizer
     from pmetal_distill.offline.reader import LogitCache
 
-    cache = LogitCache(folder, allow_partial=True)
+    cache = LogitCache(place, allow_partial=True)
     student = load_subject(str(run))
     check_student(student, cache)
     numbers, held_out = _sequences(cache, settings)

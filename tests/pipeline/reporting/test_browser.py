@@ -17,7 +17,7 @@ def pages(attacked_cache: Path, run_folder: Path, tmp_path_factory: pytest.TempP
     """Addresses of both kinds of report."""
     folder = tmp_path_factory.mktemp("pages")
     for name, source in (("cache", attacked_cache), ("run", run_folder)):
-        build_report(ReportOptions(source, folder / f"{name}.html"), Console(quiet=True))
+        build_report(ReportOptions(str(source), folder / f"{name}.html"), Console(quiet=True))
     return {name: (folder / f"{name}.html").as_uri() for name in ("cache", "run")}
 
 

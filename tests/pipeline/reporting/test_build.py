@@ -11,6 +11,7 @@ from pipeline.reporting import images
 from pipeline.reporting.axes import Axis
 from pipeline.reporting.figures import Figure, line_figure
 from pipeline.reporting.lines import Series
+from pipeline.reporting.places import shown
 from tests.pipeline.conftest import Cli
 
 
@@ -85,3 +86,26 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--figures" in done.stdout
+
+
+def test_a_cache_behind_a_url_without_its_credentials(
+    cli: Cli, bucket_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMETAL_HOME", str(tmp_path / "home"))
+    got = cli("report", f"file://{bucket_cache}", "--out", tmp_path / "r.html", "--json")
+    assert got.code == 0, got.err
+    assert got.json["kind"] == "cache"
+    assert f"file://{bucket_cache}" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("s3://key:secret@bucket/folder?token=abc", "s3://bucket/folder"),
+        ("hf://datasets/name", "hf://datasets/name"),
+        ("folder/what?.txt", "folder/what?.txt"),
+        (12, "12"),
+    ],
+)
+def test_places_are_shown_without_credentials(place: object, text: str) -> None:
+    assert shown(place) == text

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.inspection import head_probabilities
+from pipeline.reporting.cache_data import head_choices
+from pipeline.reporting.pieces import TokenNames
+from pmetal_distill.models import load_tokenizer
 from pmetal_distill.offline.reader import LogitCache
 from tests.pipeline.conftest import Cli
 from tests.pipeline.reporting.conftest import coloured, tips
@@ -20,7 +24,7 @@ def page(attacked_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from pipeline.reporting.build import ReportOptions, build_report
 
     out = tmp_path_factory.mktemp("out") / "cache.html"
-    build_report(ReportOptions(attacked_cache, out), Console(quiet=True))
+    build_report(ReportOptions(str(attacked_cache), out), Console(quiet=True))
     return out.read_text()
 
 
@@ -38,7 +42,7 @@ def test_bytes_by_column_add_up(page: str, attacked_cache: Path) -> None:
     from pipeline.inspection import describe
     from pipeline.reporting.cache_report import cache_report
 
-    report = cache_report(attacked_cache, plan=[], footer="")
+    report = cache_report(str(attacked_cache), plan=[], footer="")
     (figure,) = [f for f in report.figures if f.name == "bytes"]
     total = sum(row[1] for row in figure.table.rows)
     assert total == pytest.approx(describe(attacked_cache)["bytes_per_token"], abs=0.01)
@@ -49,14 +53,26 @@ def test_bytes_by_column_add_up(page: str, attacked_cache: Path) -> None:
 
 def test_tokens_show_what_the_teacher_expected(page: str, attacked_cache: Path) -> None:
     cache = LogitCache(attacked_cache, rank=0)
-    row = cache.sequence(0)
-    probabilities, _ = head_probabilities(cache, row, 4, 1.0)
-    shown = tips(page)[4]
-    ((who, choices),) = shown["lists"]
+    probabilities, _ = head_probabilities(cache, cache.sequence(0), 4, 1.0)
+    ((who, choices),) = tips(page)[4]["lists"]
     assert who == "the teacher expected"
     assert [choice[1] for choice in choices] == pytest.approx(probabilities[:5].tolist(), abs=1e-4)
-    came = row.targets.head_ids[4] == row.token_ids[5]
-    assert [choice[2] for choice in choices] == came[:5].tolist()
+
+
+@pytest.mark.parametrize("rank", [0, 2, 9, None])
+def test_the_token_that_came_is_found_among_the_choices(attacked_cache: Path, rank: int | None) -> None:
+    cache = LogitCache(attacked_cache, rank=0)
+    row = cache.sequence(0)
+    head, p = row.targets.head_ids[4], np.exp(row.targets.head_logprobs[4].astype(np.float64))
+    ids = row.token_ids.copy()
+    ids[5] = next(i for i in range(320) if i not in head) if rank is None else head[rank]
+    names = TokenNames(load_tokenizer(cache.tokenizer_path), 5)
+    choices, remark = head_choices(replace(row, token_ids=ids), 4, cache, names)
+    assert [choice.same for choice in choices] == [place == rank for place in range(5)]
+    if rank is None:
+        assert remark == f"not among its first {len(head)}"
+    else:
+        assert remark == f"its choice {rank + 1}, {100 * p[rank]:.3g} %"
 
 
 def test_the_strongest_colour_is_where_the_entropy_is_largest(page: str) -> None:

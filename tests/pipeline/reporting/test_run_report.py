@@ -39,7 +39,7 @@ EVALUATION = {
 def page(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("out")
     (folder / "eval.json").write_text(json.dumps(EVALUATION))
-    options = ReportOptions(run_folder, folder / "run.html", evaluation=folder / "eval.json")
+    options = ReportOptions(str(run_folder), folder / "run.html", evaluation=folder / "eval.json")
     result = build_report(options, Console(quiet=True))
     assert result["skipped"] == {}
     return (folder / "run.html").read_text()
