@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pipeline.reporting.axes import Axis
-from pipeline.reporting.figures import Figure, line_figure
+from pipeline.reporting.figures import Figure, Table, line_figure
 from pipeline.reporting.lines import Series
+from pipeline.reporting.markup import Element, tag
 from pipeline.reporting.page import Section
 from schemas.errors import UsageError
 
@@ -75,9 +77,25 @@ def plan_section(rows: Sequence[PlanRow], *, here: PlanRow | None) -> Section:
         "closer to the teacher, further left is smaller.",
     ]
     if here is not None:
-        lead.append("'This cache' is the mean of what was measured while it was written.")
+        lead.append(
+            "'This cache' is the mean over its shards of what was measured while it was written. The error "
+            "falls with the number of tokens it is taken over, so compare it with care."
+        )
     figures = [error_figure(rows, t, here=here) for t in temperatures]
-    return Section("plan", title, lead, figures)
+    return Section("plan", title, lead, [*figures, _table(rows, temperatures)])
+
+
+def _table(rows: Sequence[PlanRow], temperatures: Sequence[float]) -> Element:
+    header = ["settings", "bytes a token", *(f"error, T = {t:g}" for t in temperatures)]
+    cells = [
+        [
+            f"{row.kind}, {row.settings}" if row.settings else row.kind,
+            row.bytes_per_token,
+            *(row.errors.get(t, "") for t in temperatures),
+        ]
+        for row in sorted(rows, key=lambda row: row.bytes_per_token)
+    ]
+    return tag("div", tag("h3", "All of them"), Table(header, cells).element(), class_="card wide")
 
 
 def error_figure(rows: Sequence[PlanRow], temperature: float, *, here: PlanRow | None) -> Figure:
@@ -92,11 +110,12 @@ def error_figure(rows: Sequence[PlanRow], temperature: float, *, here: PlanRow |
         )
         points = [(r.bytes_per_token, r.errors[temperature]) for r in mine]
         if points:
-            series.append(Series(kind, points, joined=len(points) > 1))
+            falls = all(after[1] < before[1] for before, after in pairwise(points))
+            series.append(Series(kind, points, joined=falls and len(points) > 1))
     best = min((p[1], s.name) for s in series for p in s.points)
     return line_figure(
         f"plan-{temperature:g}",
-        f"Relative error of the gradient, T = {temperature:g}",
+        f"Relative error of the gradient, T\u00a0=\u00a0{temperature:g}",
         series,
         Axis("bytes a token"),
         Axis("error", log=True),

@@ -157,6 +157,7 @@ class TestPlan:
         text = "".join(Parsed((tmp_path / "r.html").read_text()).text)
         assert "this cache" in text
         assert "130.5" in text
+        assert "sketch, k 16, rank 8, step 60" in text
 
     @pytest.mark.parametrize("content", ["[]", "{}", "not json", '{"rows": [{"tail": "sketch"}]}'])
     def test_other_files_are_refused(
