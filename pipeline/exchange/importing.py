@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 
 CHUNK = 256
+FEW = "positions with too few entries for the head"
 
 
 def run_import(settings: ImportSettings, console: Console) -> dict[str, Any]:
@@ -56,13 +57,11 @@ def run_import(settings: ImportSettings, console: Console) -> dict[str, Any]:
     before = _states(source)
     found = survey(source, vocabulary_size(settings, source, tokenizer), console)
     plan = make_plan(settings, source, found)
-    for what, count in source.dropped.items():
-        if count:
-            console.note(f"left out: {count:,} {what}")
-    if plan.rows_dropped:
-        console.note(f"left out: {plan.rows_dropped:,} positions with fewer than {plan.spec.k} entries")
+    dropped = {**source.dropped, FEW: plan.rows_dropped}
+    dropped = {what: count for what, count in dropped.items() if count}
+    for what, count in dropped.items():
+        console.note(f"left out: {count:,} {what}")
     console.note(f"top {plan.spec.k}, tail '{plan.spec.tail}'; lost: {plan.lost}")
-    dropped = {what: count for what, count in source.dropped.items() if count}
     dataset = describe(settings, source, found, plan, tokenizer)
     with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(tokenizer)) as writer:
         run = Import(settings, source, found, plan, writer, console)
@@ -76,7 +75,7 @@ def run_import(settings: ImportSettings, console: Console) -> dict[str, Any]:
         "top_k": plan.spec.k,
         "tail": plan.spec.tail,
         "lost": plan.lost,
-        "dropped": dropped | {"positions with too few entries": plan.rows_dropped},
+        "dropped": dropped,
         **run.summary(),
         **describe_cache(settings.out),
     }

@@ -6,6 +6,7 @@ when rows are taken.
 
 import math
 import struct
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from schemas.errors import CacheError, DataError
 from schemas.strict import Fields, parse_object
 
 MAX_HEADER_BYTES = 16 << 20
+# What NumPy raises on headers that are not what it writes; it parses them as Python literals.
+_DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, RecursionError)
 _DTYPES = {
     "F16": "<f2",
     "BF16": "<u2",
@@ -70,7 +73,7 @@ def open_npy(path: Path) -> Tensor:
     _require_file(path)
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path}: must be a .npy file of numbers, found: {error}; write it again") from error
     if not isinstance(values, np.ndarray):
         raise DataError(f"{path}: must be a .npy file, found an archive of them; save one array")

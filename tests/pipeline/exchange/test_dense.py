@@ -156,6 +156,17 @@ class TestRefusals:
         (tmp_path / "z.npz").rename(tmp_path / "z.npy")
         assert "found an archive" in run(tmp_path / "z.npy", "--tokens", tmp_path / "z.npy").err
 
+    @pytest.mark.parametrize("damage", [b"(", b"\0", b"9", b"\n"])
+    def test_damaged_numpy_headers(self, run: Any, tmp_path: Path, damage: bytes) -> None:
+        np.save(tmp_path / "t.npy", np.zeros((2, 3), int))
+        np.save(tmp_path / "z.npy", np.zeros((2, 3, 320), np.float32))
+        data = (tmp_path / "z.npy").read_bytes()
+        for place in (0, 8, 11, 40, 66, 100, 126):
+            (tmp_path / "z.npy").write_bytes(data[:place] + damage + data[place + 1 :])
+            got = run(tmp_path / "z.npy", "--tokens", tmp_path / "t.npy", "--vocab-size", 1)
+            assert got.code in (1, 2)
+            assert "Traceback" not in got.err
+
     @pytest.mark.parametrize(
         "entry",
         [
