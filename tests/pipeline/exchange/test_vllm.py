@@ -105,7 +105,7 @@ class TestTargets:
         assert_same_targets(tmp_path / "c", own, k=12)
 
     def test_without_a_tail_shorter_rows_are_filled_with_impossible_tokens(
-        self, run: Any, truths: list[Truth], own: Path, tmp_path: Path
+        self, run: Any, truths: list[Truth], cli: Cli, tiny_student: Path, tmp_path: Path
     ) -> None:
         records = [request_output(t, 12) for t in truths]
         del records[0]["prompt_logprobs"][3][str(truths[0].top(2, 12)[-1][0])]
@@ -118,6 +118,9 @@ class TestTargets:
         np.testing.assert_allclose(
             row.targets.head_logprobs[2, :11], [p for _, p in truths[0].top(2, 11)], atol=0.01
         )
+        assert cli("verify", tmp_path / "c").code == 0
+        words = ("train", "--student", tiny_student, "--cache", tmp_path / "c", "--out", tmp_path / "run")
+        assert cli(*words, "--iters", 2, "--batch-size", 6, "--temperature", 4).code == 0
 
     def test_with_a_tail_few_short_rows_lose_their_target_and_many_lower_k(
         self, run: Any, truths: list[Truth], tmp_path: Path
