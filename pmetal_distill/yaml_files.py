@@ -22,6 +22,8 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _INT_TAG = "tag:yaml.org,2002:int"
 
+# PyYAML writes these as they are and reads them back as the end of a line.
+_LINE_BREAKS = {"\x85", "\u2028", "\u2029"}
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
 MAX_INTEGER_CHARACTERS = 40
@@ -49,6 +51,8 @@ for _class in (_Loader, _Dumper):
 def write_yaml(value: Any, path: Path) -> None:
     """Writes plain values so that `read_yaml` reads them back; the file appears whole or not at all."""
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if _LINE_BREAKS & set(text):
+        text = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")

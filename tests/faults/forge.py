@@ -94,6 +94,8 @@ class Reader:
         if kind == 9:
             head = self.byte()
             size = head >> 4 if head >> 4 < 15 else self.varint()
+            if size > len(self.data):
+                raise ValueError(f"a list of {size} items")
             return head & 15, [self.value(head & 15) for _ in range(size)]
         return kind == 1
 
@@ -122,8 +124,7 @@ class Parquet:
     chunks: dict[tuple[int, str], Chunk]
 
     @staticmethod
-    def read(path: Path) -> "Parquet":
-        data = path.read_bytes()
+    def parse(data: bytes) -> "Parquet":
         (length,) = struct.unpack("<I", data[-8:-4])
         footer = Reader(data[-8 - length : -8]).struct()
         chunks = {}
@@ -174,7 +175,7 @@ def forge_shard(folder: Path, change: Callable[[Parquet], bytes | None], *, fami
     store = Store.open(folder)
     record = store.record(0)
     old: FileRef = getattr(record, family)
-    parquet = Parquet.read(folder / "shards" / old.name)
+    parquet = Parquet.parse((folder / "shards" / old.name).read_bytes())
     made = change(parquet)
     return place(folder, family, parquet.to_bytes() if made is None else made)
 
