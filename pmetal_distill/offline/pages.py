@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
-from pmetal_distill.offline.thrift import CompactReader, Value
+from pmetal_distill.offline.thrift import I32, I64, CompactReader, Shape, Value
 from schemas.errors import CorruptionError
 
 MAX_HEADER_BYTES = 1 << 10
@@ -17,6 +17,9 @@ _DATA_PAGE = 0
 _PLAIN, _DELTA = 0, 5
 _TYPE, _UNPACKED, _PACKED, _CRC, _DATA_HEADER = 1, 2, 3, 4, 5
 _NUM_VALUES, _ENCODING = 1, 2
+_COUNTS: Shape = {3: I64, 4: I64}  # of statistics; pyarrow writes them without a field
+_DATA: Shape = {_NUM_VALUES: I32, _ENCODING: I32, 3: I32, 4: I32, 5: _COUNTS}
+_HEADER: Shape = {_TYPE: I32, _UNPACKED: I32, _PACKED: I32, _CRC: I32, _DATA_HEADER: _DATA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def read_pages(handle: BinaryIO, start: int, num_bytes: int, *, where: str) -> l
         handle.seek(at)
         try:
             page = _page(at, handle.read(min(MAX_HEADER_BYTES, end - at)))
-        except (IndexError, ValueError, TypeError, KeyError) as error:
+        except (IndexError, ValueError, KeyError) as error:
             raise CorruptionError(
                 f"{where}: page header at byte {at} must be readable, found {error!r}"
             ) from error
@@ -95,26 +98,20 @@ def read_pages(handle: BinaryIO, start: int, num_bytes: int, *, where: str) -> l
 
 def _page(offset: int, data: bytes) -> Page:
     reader = CompactReader(data)
-    fields = reader.struct()
-    if fields[_TYPE] != _DATA_PAGE:
-        raise ValueError(f"page type {fields[_TYPE]!r}")
+    fields = reader.struct(_HEADER)
     header = fields[_DATA_HEADER]
-    if not isinstance(header, dict):
-        raise TypeError("no data page header")
-    numbers = (fields[_PACKED], fields[_UNPACKED], header[_NUM_VALUES], header[_ENCODING], fields.get(_CRC))
-    packed, unpacked, values, encoding, crc = (_number(value) for value in numbers)
-    if (
-        packed is None
-        or unpacked is None
-        or values is None
-        or encoding is None
-        or min(packed, unpacked, values) < 0
-    ):
-        raise ValueError(f"sizes {numbers}")
+    assert isinstance(header, dict)
+    if fields[_TYPE] != _DATA_PAGE or not header.keys() >= {_NUM_VALUES, _ENCODING, 3, 4}:
+        raise ValueError(f"page type {fields[_TYPE]!r}")
+    packed, unpacked, values = (_size(v) for v in (fields[_PACKED], fields[_UNPACKED], header[_NUM_VALUES]))
+    encoding, crc = header[_ENCODING], fields.get(_CRC)
+    assert isinstance(encoding, int)
+    assert crc is None or isinstance(crc, int)
     return Page(offset, reader.at, packed, unpacked, values, encoding, crc)
 
 
-def _number(value: Value | None) -> int | None:
-    if value is not None and not isinstance(value, int):
-        raise TypeError(f"{type(value).__name__} for a number")
+def _size(value: Value) -> int:
+    assert isinstance(value, int)
+    if value < 0:
+        raise ValueError(f"a size of {value}")
     return value

@@ -1,21 +1,33 @@
-"""Thrift's compact protocol, bounded: what Parquet's footers and page headers are written in.
+"""Thrift's compact protocol, read by a given shape: what Parquet's footers and page headers are written in.
 
-A structure is read as a dict of its fields by number. Costs about 1 microsecond a field, and at the worst 100
-bytes of memory a byte.
+What the shape does not name is refused, and so is a field of another kind or size: other readers skip those,
+and would then see something else than this one. Costs about 1 microsecond a field.
 """
 
+from dataclasses import dataclass
+
+I16, I32, I64, BINARY = 4, 5, 6, 8
+_LIST, _STRUCT = 9, 12
+_BITS = {I16: 16, I32: 32, I64: 64}
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    """A list of items of one kind."""
+
+    item: "Kind"
+
+
+Shape = dict[int, "Kind"]
+Kind = int | ListOf | Shape
 Value = int | bytes | list["Value"] | dict[int, "Value"]
 Struct = dict[int, Value]
-
-MAX_DEPTH = 8
-_TRUE, _FALSE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 12
 
 
 class CompactReader:
     """Reads structures one after another from `data`.
 
-    Every method raises ValueError or IndexError on what is no such structure, on a field given twice, and on
-    more than `MAX_DEPTH` levels.
+    Every method raises ValueError or IndexError on what is not of the shape that it is given.
     """
 
     __slots__ = ("_data", "at")
@@ -23,17 +35,15 @@ class CompactReader:
     def __init__(self, data: bytes) -> None:
         self._data, self.at = data, 0
 
-    def struct(self, depth: int = 0) -> Struct:
+    def struct(self, shape: Shape) -> Struct:
         """The fields of the next structure."""
-        if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} levels")
         fields: Struct = {}
         number = 0
         while (field := self.field(number)) is not None:
             number, kind = field
-            if number in fields:
-                raise ValueError(f"field {number} twice")
-            fields[number] = int(kind == _TRUE) if kind in (_TRUE, _FALSE) else self.value(kind, depth)
+            if number in fields or number not in shape:
+                raise ValueError(f"field {number}")
+            fields[number] = self.value(kind, shape[number])
         return fields
 
     def field(self, number: int) -> tuple[int, int] | None:
@@ -42,34 +52,28 @@ class CompactReader:
         self.at += 1
         if head == 0:
             return None
-        return (number + (head >> 4) if head >> 4 else self._signed()), head & 15
+        return (number + (head >> 4) if head >> 4 else self._signed(I16)), head & 15
 
-    def list_head(self) -> tuple[int, int]:
-        """Number and kind of the items of a list, which follow."""
+    def list_head(self, kind: int, item: int) -> int:
+        """The number of items of a list, which follow."""
         head = self._take(1)[0]
         size = head >> 4 if head >> 4 < 15 else self._varint()
-        if size > len(self._data) - self.at:
-            raise ValueError(f"a list of {size} items")
-        return size, head & 15
+        if kind != _LIST or head & 15 != item or size > len(self._data) - self.at:
+            raise ValueError(f"a list of {size} items of kind {head & 15}")
+        return size
 
-    def value(self, kind: int, depth: int = 0) -> Value:
-        """A value of this kind, with all that is in it."""
-        if kind in _INTEGERS:
-            return self._signed()
-        if kind == _BINARY:
-            return self._take(self._varint())
-        if kind == _STRUCT:
-            return self.struct(depth + 1)
-        if kind in _LISTS:
-            if depth >= MAX_DEPTH:
-                raise ValueError(f"more than {MAX_DEPTH} levels")
-            size, items = self.list_head()
-            return [self.value(items, depth + 1) for _ in range(size)]
-        if kind in (_TRUE, _FALSE, _BYTE):
-            return self._take(1)[0]
-        if kind == _DOUBLE:
-            return self._take(8)
-        raise ValueError(f"a value of kind {kind}")
+    def value(self, kind: int, wanted: Kind) -> Value:
+        """A value that is `kind` on disk."""
+        if isinstance(wanted, dict):
+            if kind != _STRUCT:
+                raise ValueError(f"kind {kind} for a structure")
+            return self.struct(wanted)
+        if isinstance(wanted, ListOf):
+            item = wanted.item if isinstance(wanted.item, int) else _STRUCT
+            return [self.value(item, wanted.item) for _ in range(self.list_head(kind, item))]
+        if kind != wanted:
+            raise ValueError(f"kind {kind} for kind {wanted}")
+        return self._take(self._varint()) if kind == BINARY else self._signed(kind)
 
     def _take(self, size: int) -> bytes:
         start, self.at = self.at, self.at + size
@@ -87,6 +91,8 @@ class CompactReader:
                 return value
         raise ValueError("a number of more than 70 bits")
 
-    def _signed(self) -> int:
+    def _signed(self, kind: int) -> int:
         value = self._varint()
+        if value >> _BITS[kind]:
+            raise ValueError(f"a number of more than {_BITS[kind]} bits")
         return (value >> 1) ^ -(value & 1)

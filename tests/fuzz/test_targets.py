@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pmetal_distill.offline.thrift import CompactReader
+from pmetal_distill.offline.thrift import I32, I64, CompactReader, Kind, ListOf, Shape
 from pmetal_distill.yaml_files import read_yaml, write_yaml
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import CommitRecord, Dataset, FileRef, hashed_name
@@ -147,6 +147,15 @@ THRIFT: Any = st.recursive(
 )
 
 
+def shape_of(fields: dict[int, Any]) -> Shape:
+    """The shape that these fields have."""
+
+    def kind(wire: int, content: Any) -> Kind:
+        return shape_of(content) if wire == 12 else ListOf(content[0]) if wire == 9 else wire
+
+    return {number: kind(*field) for number, field in fields.items()}
+
+
 def bare(fields: dict[int, Any]) -> dict[int, Any]:
     """Values without their kinds."""
 
@@ -161,5 +170,12 @@ def bare(fields: dict[int, Any]) -> dict[int, Any]:
 def test_thrift_structures_read_back(fields: dict[int, Any]) -> None:
     data = write_struct(fields)
     reader = CompactReader(data + b"rest")
-    assert reader.struct() == bare(fields)
+    assert reader.struct(shape_of(fields)) == bare(fields)
     assert reader.at == len(data)
+    for number, (kind, _) in fields.items():
+        other = shape_of(fields) | {number: I32 if kind != I32 else I64}
+        with pytest.raises(ValueError, match=r"kind|a list of"):
+            CompactReader(data).struct(other)
+        del other[number]
+        with pytest.raises(ValueError, match=f"field {number}"):
+            CompactReader(data).struct(other)
