@@ -95,9 +95,7 @@ class Calibrator:
         """The calibration of the whole data set, and the judge of its stretches."""
         from pmetal_distill.offline.calibrate import DriftMonitor, calibrate
 
-        sample, held_back = self._split(
-            self._sampled(self.settings.calibration_tokens), most=HELD_BACK_TOKENS
-        )
+        sample, held_back = self.samples(most=HELD_BACK_TOKENS)
         calibration = calibrate(
             sample,
             held_back,
@@ -107,6 +105,10 @@ class Calibrator:
             head=self.teacher.head,
         )
         return DriftMonitor(calibration, self.teacher.head)
+
+    def samples(self, *, most: int) -> tuple["Sample", "Sample"]:
+        """Rows of the whole data set to fit on and, of other documents, at most `most` to measure on."""
+        return self._split(self._sampled(self.settings.calibration_tokens), most=most)
 
     def stretches(self) -> list[range]:
         """The shards of each stretch."""

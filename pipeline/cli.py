@@ -10,6 +10,7 @@ from pipeline.console import printable
 from schemas.errors import PmetalError
 
 COMMANDS = {
+    "plan": "pipeline.commands.plan",
     "cache": "pipeline.commands.cache",
     "train": "pipeline.commands.train",
     "init-student": "pipeline.commands.init_student",

@@ -17,12 +17,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class IntList(click.ParamType[Any]):
-    """Comma-separated integers, e.g. 6,12,-1."""
+    """Comma-separated integers, e.g. 6,12,-1; `all_too`: or the word all."""
 
     name = "int,int,..."
 
+    def __init__(self, *, all_too: bool = False) -> None:
+        self._all = all_too
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
+            return value
+        if value == "all" and self._all:
             return value
         try:
             return tuple(int(part) for part in value.split(",") if part.strip())
@@ -50,7 +55,13 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:
     if base is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
     aliases = ["--" + alias.replace("_", "-") for alias in field.metadata.get("aliases", ())]
-    return click.option(flag, *aliases, field.name, type=_click_type(base), default=None, help=help_text)
+    kind = IntList(all_too=True) if _takes_all(hint) else _click_type(base)
+    return click.option(flag, *aliases, field.name, type=kind, default=None, help=help_text)
+
+
+def _takes_all(hint: Any) -> bool:
+    """Whether a list may also be the word all."""
+    return any(typing.get_args(arm) == ("all",) for arm in typing.get_args(hint))
 
 
 def _strip_optional(hint: Any) -> Any:
