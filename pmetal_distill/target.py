@@ -15,7 +15,7 @@ import numpy as np
 
 from pmetal_distill.reductions import row_logsumexp
 from schemas.arrays import TargetArrays
-from schemas.basis import SketchBasis
+from schemas.basis import NO_CEILING, SketchBasis
 from schemas.curve import TailCurve
 from schemas.errors import IncompatibleError, UsageError
 from schemas.spec import TargetSpec
@@ -58,6 +58,17 @@ class TailBasis:
             return TailBasis(mean, components)
         level, columns = basis.centre
         return TailBasis(mean, components, mx.array(columns.astype(np.float32)), level - basis.margin)
+
+    @staticmethod
+    def with_margins(basis: SketchBasis, margins: Sequence[float]) -> "list[TailBasis]":
+        """The basis with each of the margins, uploaded once."""
+        tail = TailBasis.from_sketch(basis.with_margin(0.0))
+        return [
+            replace(tail, level=tail.level - margin)
+            if margin < NO_CEILING
+            else replace(tail, column_means=None)
+            for margin in margins
+        ]
 
     def restricted(self, vocab_size: int) -> "TailBasis":
         """The basis of the first `vocab_size` tokens; the ceiling stays where it is."""

@@ -171,6 +171,12 @@ class SketchBasis:
         object.__setattr__(basis, "_tables", self._tables)
         return basis
 
+    def with_margin(self, margin: float) -> "SketchBasis":
+        """The same basis with another margin."""
+        basis = replace(self, margin=margin)
+        object.__setattr__(basis, "_tables", self._tables)
+        return basis
+
     def tables(self, rank: int) -> PredictorTables | None:
         """The predictor's tables for the leading `rank` coordinates, made once; None without a predictor."""
         if self.predictor is None:

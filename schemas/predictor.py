@@ -17,7 +17,7 @@ from schemas.errors import IncompatibleError
 
 SUBSTEPS = 64
 MAX_ENTRY = 32767
-_BLOCK, _TABLE_BLOCK = 256, 2048
+_BLOCK, _TABLE_BLOCK = 128, 2048
 
 Int16 = npt.NDArray[np.int16]
 
@@ -35,7 +35,10 @@ class PredictorTables:
     token: Int16
 
     def sums(self, token_ids: Int32, head_ids: Int32) -> Iterator[tuple[slice, Int16]]:
-        """Predictions of a few rows at a time, in units; an array is valid until the next one.
+        """Predictions of a few rows at a time, in units.
+
+        Few long calls rather than one a column: a quarter slower alone, but threads that encode do not queue
+        for the interpreter's lock.
 
         Args:
             token_ids: [n]; all ids must be from 0 to V-1.
@@ -44,15 +47,14 @@ class PredictorTables:
         Yields:
             the rows, and int16 [rows, r]; sums wrap around.
         """
-        columns = np.ascontiguousarray(head_ids.T, np.intp)
-        scratch = np.empty((2, _BLOCK, self.head.shape[1]), np.int16)
+        k, rank = head_ids.shape[1], self.head.shape[1]
+        scratch = np.empty((_BLOCK * k, rank), np.int16)
         for start in range(0, len(token_ids), _BLOCK):
             rows = slice(start, min(start + _BLOCK, len(token_ids)))
-            total, part = scratch[:, : rows.stop - start]
-            self.token.take(token_ids[rows], axis=0, out=total, mode="clip")
-            for column in columns:
-                self.head.take(column[rows], axis=0, out=part, mode="clip")
-                total += part
+            ids = head_ids[rows].astype(np.intp).ravel()
+            part = self.head.take(ids, axis=0, out=scratch[: len(ids)], mode="clip")
+            total = self.token.take(token_ids[rows], axis=0, mode="clip")
+            total += np.add.reduce(part.reshape(len(total), k, rank), axis=1, dtype=np.int16)
             yield rows, total
 
 

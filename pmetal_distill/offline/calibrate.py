@@ -6,7 +6,7 @@ there; the products of the fit stay in NumPy's float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -118,6 +118,7 @@ class Calibration:
         error: per temperature, of stored and rebuilt targets on held-back rows.
         fitted: the basis before rounding.
         moments: of the calibration tokens; None where the head is not linear.
+        tail: the basis on the device, for measuring; None on the CPU.
     """
 
     spec: TargetSpec
@@ -127,6 +128,7 @@ class Calibration:
     error: Mapping[float, TargetError]
     fitted: FittedSketch
     moments: Moments | None
+    tail: TailBasis | None = None
 
 
 def calibrate(
@@ -234,7 +236,6 @@ class DriftMonitor:
     head: LinearWeights | None
     factor: float = DRIFT_FACTOR
     temperature: float = 2.0
-    _tails: list[TailBasis] = field(default_factory=list, init=False, repr=False)
 
     def drifted(self, error: Mapping[float, TargetError]) -> bool:
         """Whether these errors are out of bounds."""
@@ -247,10 +248,8 @@ class DriftMonitor:
             sample, held_back: tokens of the stretch, of different documents.
         """
         known = self.calibration
-        if on_gpu() and not self._tails:
-            self._tails.append(TailBasis.from_sketch(known.basis))
-        tail = self._tails[0] if self._tails else None
-        error = measure(held_back, Codec(known.spec, known.basis, known.codebook), known.map, tail=tail)
+        codec = Codec(known.spec, known.basis, known.codebook)
+        error = measure(held_back, codec, known.map, tail=known.tail)
         kept = replace(known, error=error)
         if not self.drifted(error):
             return kept
@@ -289,9 +288,9 @@ def _finish(
     captured = thinned.captured(spec, fitted.map)
     codebook = Codebook.fit(captured, spec)
     plain = _with_predictor(fitted.basis(step=step), captured, thinned.token_ids)
-    basis = _with_best_margin(sample.thinned(_MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
-    error = measure(held_back, Codec(spec, basis, codebook), fitted.map)
-    return Calibration(spec, basis, codebook, fitted.map, error, fitted, moments)
+    basis, tail = _with_best_margin(sample.thinned(_MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
+    error = measure(held_back, Codec(spec, basis, codebook), fitted.map, tail=tail)
+    return Calibration(spec, basis, codebook, fitted.map, error, fitted, moments, tail)
 
 
 def _with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32 | None) -> SketchBasis:
@@ -304,16 +303,26 @@ def _with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32
     return predicting.with_groups(plan_groups(spread, basis.step))
 
 
-def _with_best_margin(sample: Sample, codec: Codec, made: CoordinateMap) -> SketchBasis:
-    """The basis of `codec` with the margin of least error; the coordinates do not depend on it."""
+def _with_best_margin(
+    sample: Sample, codec: Codec, made: CoordinateMap
+) -> tuple[SketchBasis, TailBasis | None]:
+    """The basis of `codec` with the margin of least error; the coordinates do not depend on it.
+
+    On a GPU also as it is on the device.
+    """
     assert codec.basis is not None
-    bases = [replace(codec.basis, margin=margin) for margin in MARGINS]
-    meters = [_meter(codec.spec, basis, _MARGIN_TEMPERATURES) for basis in bases]
+    bases = [codec.basis.with_margin(margin) for margin in MARGINS]
+    tails = TailBasis.with_margins(codec.basis, MARGINS) if on_gpu() else [None] * len(bases)
+    meters = [
+        _meter(codec.spec, basis, _MARGIN_TEMPERATURES, tail=tail)
+        for basis, tail in zip(bases, tails, strict=True)
+    ]
     for rows, logits, targets in _stored_chunks(sample, codec, made):
         for meter in meters:
             meter.add(logits, targets, rows)
     scores = [sum(e.gradient for e in meter.result().values()) for meter in meters]
-    return bases[int(np.argmin(scores))]
+    best = int(np.argmin(scores))
+    return bases[best], tails[best]
 
 
 def _meter(

@@ -128,9 +128,9 @@ def capture_hidden(
 class PendingCapture:
     """A `capture_hidden` that a GPU works on while the caller does something else.
 
-    On a GPU the whole of it is queued at once, and `result` waits for it; on the CPU, whose cores the forward
-    pass keeps busy anyway, `result` does the work. Takes the arguments of `capture_hidden`, and `place`:
-    number of a row -> its name for messages.
+    On a GPU the whole of it is queued at once, and `result` waits for it and not for what was queued since;
+    on the CPU, whose cores the forward pass keeps busy anyway, `result` does the work. Takes the arguments of
+    `capture_hidden`, and `place`: number of a row -> its name for messages.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PendingCapture:
         self._sketch = sketch
         self._chunk = chunk
         self._place = place
-        self._queued = [self._queue(start) for start in self._starts()] if on_gpu() else []
+        self._queued = self._queue() if on_gpu() and len(hidden) else None
 
     def result(self) -> TargetArrays:
         """The targets; call it once.
@@ -157,12 +157,12 @@ class PendingCapture:
         Raises:
             NonFiniteError, IncompatibleError: as in `capture`.
         """
+        if self._queued is not None:
+            return _received(self._queued, self._spec, self._place)
+        if len(self._hidden):
+            return TargetArrays.concatenate([self._on_host(start) for start in self._starts()])
         rank = self._sketch.rank if self._sketch else 0
-        if not len(self._hidden):
-            return TargetArrays.empty(0, k=self._spec.k, num_nodes=self._spec.num_nodes, rank=rank)
-        if self._queued:
-            return _received(mx.concatenate(self._queued), self._spec, self._place)
-        return TargetArrays.concatenate([self._on_host(start) for start in self._starts()])
+        return TargetArrays.empty(0, k=self._spec.k, num_nodes=self._spec.num_nodes, rank=rank)
 
     def _starts(self) -> range:
         return range(0, len(self._hidden), self._chunk)
@@ -173,9 +173,17 @@ class PendingCapture:
         _check_logits(logits, self._spec)
         return states, logits
 
-    def _queue(self, start: int) -> mx.array:
-        states, logits = self._logits(start)
-        queued = _queued(logits, states, self._spec, self._sketch)
+    def _queue(self) -> mx.array:
+        """Queues chunk after chunk, so that the logits of one are given up before those of the next."""
+        of_logits = self._sketch if self._sketch and self._sketch.source == "logits" else None
+        parts = []
+        for start in self._starts():
+            parts.append(_queued(self._logits(start)[1], None, self._spec, of_logits))
+            mx.async_eval(parts[-1])
+        columns = [mx.concatenate(parts)]
+        if self._sketch is not None and of_logits is None:
+            columns.append(self._sketch.queued(self._hidden, None).view(mx.int32))
+        queued = mx.concatenate(columns, axis=-1)
         mx.async_eval(queued)
         return queued
 
@@ -213,31 +221,29 @@ def _on_host(
 def _queued(
     logits: mx.array, hidden: mx.array | None, spec: TargetSpec, sketch: CoordinateMap | None
 ) -> mx.array:
-    """All that is captured as one array, int32 [n, 2 k + m + r + 2]: one copy brings it to the host.
+    """All that is captured as one array, so that one copy brings it to the host: int32 [n, 2 k + m + 2 + r].
 
-    Columns: ids; bits of the head's log-probabilities, the curve and the coordinates; whether the logits and
-    whether the coordinates are finite.
+    Columns: ids; bits of the head's logits, the curve, log-sum-exp, smallest logit and coordinates.
     """
     found = capture_on_device(logits, k=spec.k, nodes=spec.curve_nodes)
-    columns = [found.ids, found.scores - found.lse[:, None], found.curve]
-    finite = [mx.isfinite(found.lse) & mx.isfinite(found.lowest)]
+    columns = [found.scores, found.curve, found.lse[:, None], found.lowest[:, None]]
     if sketch is not None:
         columns.append(sketch.queued(hidden, logits))
-        finite.append(mx.isfinite(columns[-1]).all(axis=-1))
-    bits = [column if column.dtype == mx.int32 else column.view(mx.int32) for column in columns]
-    checks = [mx.stack([finite[0], finite[-1]], axis=-1).astype(mx.int32)]
-    return mx.concatenate([*bits, *checks], axis=-1)
+    return mx.concatenate([found.ids, *(column.view(mx.int32) for column in columns)], axis=-1)
 
 
 def _received(queued: mx.array, spec: TargetSpec, place: Place) -> TargetArrays:
-    """Targets from what `_queued` makes; waits for it. The parts share one array."""
+    """Targets from what `_queued` makes; waits for it."""
     bits = np.array(queued)
     values = bits.view(np.float32)
-    if not bits[:, -2].all():
-        raise non_finite(place(int(bits[:, -2].argmin())))
-    _require_finite(bits[:, -1], place)
     k, end = spec.k, 2 * spec.k + spec.num_nodes
-    return TargetArrays(bits[:, :k], values[:, k : 2 * k], values[:, 2 * k : end], values[:, end:-2])
+    ok = np.isfinite(values[:, end : end + 2]).all(axis=1)
+    if not ok.all():
+        raise non_finite(place(int(ok.argmin())))
+    coordinates = values[:, end + 2 :]
+    _require_finite(np.isfinite(coordinates.sum(axis=1)), place)
+    logprobs = values[:, k : 2 * k] - values[:, end : end + 1]
+    return TargetArrays(bits[:, :k], logprobs, values[:, 2 * k : end], coordinates)
 
 
 def _require_finite(ok: npt.NDArray[Any], place: Place) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.writer import CapturedSequence
 
 Written = tuple[Path, int, str]
+Digested = tuple[pa.Table, str]
 Numbered = tuple[int, "CapturedSequence"]
 
 
@@ -44,13 +45,13 @@ class EncodedGroup:
 
     Attributes:
         lengths: tokens of its sequences.
-        targets, hidden: tables.
+        targets, hidden: tables with their digests.
         saturation: what was clipped.
     """
 
     lengths: tuple[int, ...]
-    targets: pa.Table
-    hidden: pa.Table | None
+    targets: Digested
+    hidden: Digested | None
     saturation: Saturation
 
 
@@ -128,13 +129,18 @@ class ShardDraft:
         states = None
         if self._hidden:
             states = encode_hidden(_stack_hidden(group, self._hidden), rows.loss_mask, self._hidden)
-        return EncodedGroup(tuple(len(s.token_ids) for _, s in group), table, states, clipped)
+        return EncodedGroup(
+            tuple(len(s.token_ids) for _, s in group),
+            (table, table_digest(table)),
+            None if states is None else (states, table_digest(states)),
+            clipped,
+        )
 
     def write(self, group: EncodedGroup) -> None:
         """Appends a row group."""
-        self._targets.write(group.targets)
+        self._targets.write(*group.targets)
         if self._states and group.hidden:
-            self._states.write(group.hidden)
+            self._states.write(*group.hidden)
         self._groups.append(group.lengths)
         self._saturation += group.saturation
 
@@ -165,9 +171,9 @@ class _ParquetFile:
         self._handle: BinaryIO = path.open("xb")
         self._writer = pq.ParquetWriter(self._handle, schema, **parquet_options(schema))
 
-    def write(self, table: pa.Table) -> None:
+    def write(self, table: pa.Table, digest: str) -> None:
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
-        self._digests.append(table_digest(table))
+        self._digests.append(digest)
 
     def finish(self) -> Written:
         """Close, flush, read back, hash."""

@@ -226,3 +226,23 @@ def test_pending_captures_are_those_of_all_rows_at_once(gpu, monkeypatch):
     hidden[9] = np.nan
     with pytest.raises(NonFiniteError, match="token 9: logits must be finite"):
         pending(hidden).result()
+
+
+def test_taking_a_result_from_a_gpu_queues_nothing(monkeypatch):
+    """Work queued then would wait behind the next batches, and the device would run dry each time."""
+    monkeypatch.setattr("pmetal_distill.offline.capture.on_gpu", lambda: True)
+    rng = np.random.default_rng(7)
+    weight, hidden = (mx.array(rng.normal(size=(n, 12)).astype(np.float32)) for n in (300, 9))
+    sketch = CoordinateMap("hidden", rng.normal(size=(5, 12)).astype(np.float32), np.ones(5, np.float32))
+    spec = TargetSpec(300, 8, "sketch", NODES)
+    pending = PendingCapture(hidden, lambda h: h @ weight.T, spec, sketch=sketch, chunk=4)
+
+    class Forbidden:
+        def __getattr__(self, name):
+            pytest.fail(f"mx.{name} was called")
+
+    monkeypatch.setattr("pmetal_distill.offline.capture.mx", Forbidden())
+    found = pending.result()
+    np.testing.assert_allclose(
+        found.coordinates, np.array(hidden) @ sketch.projection.T + 1, rtol=1e-5, atol=1e-5
+    )

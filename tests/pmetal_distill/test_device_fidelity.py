@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pmetal_distill.offline.calibrate import as_stored
+from pmetal_distill.offline.calibrate import MARGINS, as_stored
 from pmetal_distill.offline.capture import CoordinateMap, capture
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import ErrorMeter
@@ -45,6 +45,23 @@ def test_errors_are_those_of_numpy(margin: float) -> None:
     for temperature, error in wanted.items():
         for name in ("kl", "total_variation", "gradient"):
             assert getattr(found[temperature], name) == pytest.approx(getattr(error, name), rel=1e-3)
+
+
+def test_bases_of_several_margins_are_uploaded_once() -> None:
+    hidden, weight = teacher()
+    meant = meant_tokens(hidden @ weight.T)
+    fitted = fit_basis_linear(Moments.of(hidden, VOCAB).meaning(meant), weight, rank=RANK)
+    basis = fitted.basis(step=0.5)
+    tails = TailBasis.with_margins(basis, MARGINS)
+    coordinates, slopes = mx.array(hidden[:5, :RANK]), mx.arange(5, dtype=mx.float32)
+    for margin, tail in zip(MARGINS, tails, strict=True):
+        wanted = TailBasis.from_sketch(basis.with_margin(margin))
+        np.testing.assert_allclose(
+            np.array(tail.ceilings(coordinates, slopes)),
+            np.array(wanted.ceilings(coordinates, slopes)),
+            rtol=1e-6,
+        )
+        assert tail.components is tails[0].components
 
 
 def test_meant_tokens_are_those_of_numpy() -> None:
