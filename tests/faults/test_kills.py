@@ -43,11 +43,14 @@ def test_a_full_disk_and_a_read_only_one(world: World, tmp_path: Path) -> None:
     if not prefix:
         pytest.skip("needs unshare and mount")
     world.check_whole(world.pristine)
-    outcomes = worker("small_disk", world.pristine, tmp_path, 4, 12, 20, 28, 36, 44, 52, 400, prefix=prefix)
-    failed = [o for o in outcomes if o["error"]]
-    assert 4 <= len(failed) < len(outcomes)
-    assert all("No space left on device; free space or fix the disk" in o["error"] for o in failed)
+    limits = [f"size={n}k" for n in (4, 12, 20, 28, 36, 44, 52, 400)]
+    limits += [f"size=8m,nr_inodes={n}" for n in (3, 7, 12, 15, 18, 100)]
+    outcomes = worker("small_disk", world.pristine, tmp_path, *limits, prefix=prefix)
+    failed = [o["limit"] for o in outcomes if o["error"]]
+    assert failed == [limit for limit in limits if limit not in ("size=400k", limits[-1])]
     for outcome in outcomes:
+        assert not outcome["error"] or "No space left on device" in outcome["error"]
+        assert not outcome["error"] or "; free space or fix the disk" in outcome["error"]
         assert all("Read-only file system" in message for message in outcome["read_only"])
 
 

@@ -72,22 +72,22 @@ def write(pristine: str, folder: str, delay_seed: str, direction: str) -> None:
     print(json.dumps({"done": True}), flush=True)
 
 
-def small_disk(pristine: str, mount: str, *kilobytes: str) -> None:
-    """Writes to file systems of these sizes until they are full, makes room, completes; needs `mount`."""
+def small_disk(pristine: str, mount: str, *limits: str) -> None:
+    """Writes to file systems of these limits until they are full, makes room, completes; needs `mount`."""
     world = World(Path(pristine))
-    for size in kilobytes:
-        run("mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", mount)
+    for limit in limits:
+        run("mount", "-t", "tmpfs", "-o", limit, "tmpfs", mount)
         root = Path(mount) / "cache"
         message = attempt(lambda root=root: world.write(root))  # type: ignore[misc]
         readable = world.check_committed(root)
-        run("mount", "-o", "remount,size=8m", mount)
+        run("mount", "-o", "remount,size=8m,nr_inodes=1k", mount)
         world.write(root)
         world.check_whole(root)
         run("mount", "-o", "remount,ro", mount)
         world.check_whole(root)
         refused = [attempt(lambda: world.write(root)), attempt(lambda: repair_cache(root))]  # noqa: B023
         run("umount", mount)
-        print(json.dumps({"size": size, "error": message, "readable": readable, "read_only": refused}))
+        print(json.dumps({"limit": limit, "error": message, "readable": readable, "read_only": refused}))
 
 
 def attack(pristine: str, folder: str, megabytes: str) -> None:
