@@ -28,11 +28,11 @@ PHASES = {
     "calibration: all": "pipeline.calibration:Calibrator.learn",
     "calibration: sample": "pipeline.calibration:Calibrator._sampled",
     "calibration: moments": "pmetal_distill.offline.calibrate:sum_moments",
-    "calibration: fit": "pmetal_distill.offline.calibrate:_fit",
+    "calibration: fit": "pmetal_distill.offline.calibrate:fit_sketch",
     "calibration: capture": "pmetal_distill.offline.calibrate:Sample.captured",
     "calibration: codebook": "schemas.codebook:Codebook.fit",
-    "calibration: predictor": "pmetal_distill.offline.calibrate:_with_predictor",
-    "calibration: margin": "pmetal_distill.offline.calibrate:_with_best_margin",
+    "calibration: predictor": "pmetal_distill.offline.calibrate:with_predictor",
+    "calibration: margin": "pmetal_distill.offline.calibrate:with_best_margin",
     "calibration and judge: measure": "pmetal_distill.offline.calibrate:measure",
 }
 

@@ -133,6 +133,13 @@ class Calibrator:
 
     def judge(self, monitor: "DriftMonitor", sequences: range) -> "Calibration":
         """The calibration that a stretch uses, with the errors measured on its own text."""
+        sample, held_back = self.samples_of(sequences)
+        if min(len(held_back), len(sample)) < LEAST_HELD_BACK_TOKENS:
+            return monitor.calibration
+        return monitor.choose(sample, held_back)
+
+    def samples_of(self, sequences: range) -> tuple["Sample", "Sample"]:
+        """Rows of a stretch to fit on and, of other documents, to measure on."""
         self.runner.forget_before(sequences.start)
         starts = sorted({self.runner.batch_of(number).start for number in sequences})
         size = self.settings.batch_size * self.settings.max_seq_len
@@ -142,10 +149,7 @@ class Calibrator:
         total = self._num_targets(members)
         self.runner.keep_tokens = max(self.runner.keep_tokens, count * size)
         rows = SampledRows.of(self.runner.run(members, keep=True), total, most=JUDGED_TOKENS)
-        sample, held_back = self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
-        if min(len(held_back), len(sample)) < LEAST_HELD_BACK_TOKENS:
-            return monitor.calibration
-        return monitor.choose(sample, held_back)
+        return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
 
     def _sampled(self, num_tokens: int) -> "SampledRows":
         """Rows of the whole data set, evenly spread."""

@@ -35,7 +35,8 @@ from schemas.spec import TargetSpec
 MARGINS = (NO_CEILING, 0.0, 0.25, 0.5, 0.75, 1.0)
 DRIFT_FACTOR = 1.4
 LEAST_GAIN = 0.9
-_MEANT_ROWS, _CODING_ROWS, _MARGIN_ROWS = 4096, 8192, 512
+CODING_ROWS, MARGIN_ROWS = 8192, 512
+_MEANT_ROWS = 4096
 _MARGIN_TEMPERATURES = (1.0, 2.0)
 
 
@@ -161,7 +162,7 @@ def calibrate(
     moments = None
     if head is not None and head.softcap is None:
         moments = sum_moments(sample)
-    return _finish(sample, held_back, spec, _fit(moments, sample, head, rank), moments, step=step)
+    return _finish(sample, held_back, spec, fit_sketch(moments, sample, head, rank), moments, step=step)
 
 
 def sum_moments(sample: Sample) -> Moments:
@@ -265,11 +266,17 @@ class DriftMonitor:
         if known.moments is not None:
             own = sum_moments(sample)
             pooled = own + known.moments.scaled(own.tokens)
-        fitted = _fit(pooled, sample, self.head, known.basis.rank)
+        fitted = fit_sketch(pooled, sample, self.head, known.basis.rank)
         return _finish(sample, held_back, known.spec, fitted, pooled, step=known.basis.step)
 
 
-def _fit(moments: Moments | None, sample: Sample, head: LinearWeights | None, rank: int) -> FittedSketch:
+def fit_sketch(
+    moments: Moments | None, sample: Sample, head: LinearWeights | None, rank: int
+) -> FittedSketch:
+    """The basis before it is rounded: from moments and a linear head, else from the sample's logits.
+
+    Its first coordinates are the basis of a lower rank (exactly so with a linear head).
+    """
     if moments is None or head is None:
         return fit_basis_logits(sample.logits, rank=rank)
     return fit_basis_linear(moments, head.weight, rank=rank, bias=head.bias, scale=head.scale)
@@ -284,16 +291,16 @@ def _finish(
     *,
     step: float,
 ) -> Calibration:
-    thinned = sample.thinned(_CODING_ROWS)
+    thinned = sample.thinned(CODING_ROWS)
     captured = thinned.captured(spec, fitted.map)
     codebook = Codebook.fit(captured, spec)
-    plain = _with_predictor(fitted.basis(step=step), captured, thinned.token_ids)
-    basis, tail = _with_best_margin(sample.thinned(_MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
+    plain = with_predictor(fitted.basis(step=step), captured, thinned.token_ids)
+    basis, tail = with_best_margin(sample.thinned(MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
     error = measure(held_back, Codec(spec, basis, codebook), fitted.map, tail=tail)
     return Calibration(spec, basis, codebook, fitted.map, error, fitted, moments, tail)
 
 
-def _with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32 | None) -> SketchBasis:
+def with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32 | None) -> SketchBasis:
     """The basis with a predictor fitted on the captured tokens, and groups that suit what it leaves."""
     if token_ids is None:
         return basis
@@ -303,7 +310,7 @@ def _with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32
     return predicting.with_groups(plan_groups(spread, basis.step))
 
 
-def _with_best_margin(
+def with_best_margin(
     sample: Sample, codec: Codec, made: CoordinateMap
 ) -> tuple[SketchBasis, TailBasis | None]:
     """The basis of `codec` with the margin of least error; the coordinates do not depend on it.
