@@ -30,6 +30,13 @@ MAX_INTEGER_CHARACTERS = 40
 
 
 class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """PyYAML fails in many ways on values that are not of the type that their tag names."""
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {event.tag!r}", event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_short_int(self, node: yaml.ScalarNode) -> int:
         """Numbers of base 60 take quadratic time, and Python does not print integers of 4300 digits."""
         if len(node.value) > MAX_INTEGER_CHARACTERS:
@@ -107,8 +114,6 @@ def _construct(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         if _index(root, (), lines, {}, path) > MAX_NODES:
             raise UsageError(f"{path}: must hold at most {MAX_NODES} values with its aliases, found more")
         values = loader.construct_document(root)
-        if not isinstance(values, dict):
-            raise UsageError(f"{path}: must be a mapping, found a {type(values).__name__}; take its tag away")
         return {str(key): value for key, value in values.items()}, lines
     finally:
         loader.dispose()

@@ -38,6 +38,13 @@ VALUES: tuple[Any, ...] = (
     "/etc/passwd", "none", "sketch", "0" * 64, [], {}, [[]], [1, 2], {"a": 1}, [[[[[[[[[[[]]]]]]]]]]],
 )  # fmt: skip
 
+SYNTAX = (
+    "&a ", "*a", "*layers", "? ", "- ", ": ", "{", "}", "[", "]", ", ", "!!int ", "!!set ", "!!omap ",
+    "!!str ", "!!binary ", "!!timestamp ", "!!pairs ", "!x ", "<<: *a\n", "<<: ", "|\n", ">-\n", "---\n", "...\n",
+    "%YAML 1.1\n", "#", "'", '"', "\\x", "~", "1:2:3", "0x", "1e9999", ".inf", ".nan", "0b1", "2001-13-45",
+    "2001-01-01", "=", "\n", "\t", "\x85", "\u2028", "\x00", "9" * 50, "a: &a [*a]\n",
+    "x: &x {y: [1, 2]}\nz: [*x, *x, *x]\n",
+)  # fmt: skip
 MAX_PAGE_BYTES = 1 << 16
 
 _CANNOT = (
@@ -107,6 +114,23 @@ def _places(raw: Any) -> Any:
         yield raw, key
         if isinstance(value, (dict, list)):
             yield from _places(value)
+
+
+def _yaml(data: bytes, draw: random.Random) -> bytes:
+    """A piece of syntax put in somewhere, or a line moved."""
+    text = data.decode("utf-8", "replace")
+    if draw.random() < 0.3:
+        lines = text.splitlines(keepends=True)
+        lines.insert(
+            draw.randrange(len(lines) + 1), "  " * draw.randrange(3) + draw.choice(lines).strip() + "\n"
+        )
+        return "".join(lines).encode()
+    at = draw.randrange(len(text) + 1)
+    if draw.random() < 0.5:
+        at = max(text.find(": ", at) + 2, 0)
+    return (text[:at] + draw.choice(SYNTAX) + text[at + draw.choice((0, 0, 1, 4)) :]).encode(
+        "utf-8", "replace"
+    )
 
 
 def _sidecar(data: bytes, draw: random.Random) -> bytes:
@@ -191,7 +215,7 @@ _MUTATORS = {
     "record": _json,
     "sidecar": _sidecar,
     "gguf": flipped,
-    "yaml": flipped,
+    "yaml": _yaml,
     "pages": _pages,
     "footer": _footer,
     "shard": _shard,

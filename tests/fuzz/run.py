@@ -12,7 +12,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["schemas", "pmetal_distill"]):
+with atheris.instrument_imports(include=["schemas", "pmetal_distill", "yaml"]):
     from tests.fuzz.targets import TARGETS
 
 from tests.fuzz.mutate import flipped, mutated
