@@ -76,7 +76,9 @@ def run_cache(
     if not (settings.out / DATASET).exists():
         run.learn()
     dataset = describe(settings, teacher, data, spec, hidden, weights=fingerprint())
-    with CacheWriter.create_or_resume(settings.out, dataset, tokenizer_files(teacher.tokenizer)) as writer:
+    with CacheWriter.create_or_resume(
+        settings.out, dataset, tokenizer_files(teacher.tokenizer), zstd_level=settings.zstd_level
+    ) as writer:
         run.write_missing(writer)
     if not world.leads:
         return {}
@@ -92,6 +94,17 @@ def _take_folder(settings: CacheSettings, world: "World") -> None:
         raise
     if not world.all(True):
         raise UsageError(f"{settings.out}: all processes must be able to take it, found one that is not")
+
+
+def _load_teacher(settings: CacheSettings, console: Console) -> "LoadedModel":
+    from pmetal_distill.models import load_model
+
+    if hint := missing_blas():
+        console.note(hint)
+    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    for note in teacher.notes:
+        console.note(f"teacher: {note}")
+    return teacher
 
 
 def in_background(work: Callable[[], str]) -> Callable[[], str]:
@@ -160,12 +173,10 @@ def describe(
     """`dataset.json`: what the cache holds and what it was made from; `weights` fingerprints the teacher."""
     from pmetal_distill.models import chat_template_fingerprint, tokenizer_fingerprint
 
-    codec = {
-        "rank": settings.sketch_rank,
-        "step": settings.sketch_step,
-        "calibration_tokens": settings.calibration_tokens,
-        "seed": settings.seed,
-    }
+    sampled = {"calibration_tokens": settings.calibration_tokens, "seed": settings.seed}
+    codec: dict[str, Any] = sampled if settings.hidden_rank else {}
+    if settings.tail == "sketch":
+        codec = {"rank": settings.sketch_rank, "step": settings.sketch_step, **sampled}
     packing = {
         "max_seq_len": settings.max_seq_len,
         "pack": data.settings.pack,
@@ -178,7 +189,7 @@ def describe(
             "chat_template": chat_template_fingerprint(teacher.tokenizer),
             "data": data.fingerprint(),
             "packing": json.dumps(packing),
-            "codec": json.dumps(codec if settings.tail == "sketch" else {}),
+            "codec": json.dumps(codec),
         },
         target=spec,
         num_sequences=data.num_sequences,
@@ -199,10 +210,17 @@ def hidden_spec(settings: CacheSettings, teacher: "LoadedModel") -> HiddenSpec |
     """The hidden states that are kept too.
 
     Raises:
-        UsageError: a layer that the teacher does not have.
+        UsageError: a layer that the teacher does not have, or a rank above the width of its states.
     """
     layers = hidden_layers(settings, teacher)
-    return HiddenSpec(layers, teacher.hidden_size) if layers else None
+    if not layers:
+        return None
+    if settings.hidden_rank > teacher.hidden_size:
+        raise UsageError(
+            f"hidden_rank: must be at most {teacher.hidden_size}, the width of this teacher, found "
+            f"{settings.hidden_rank}; give a smaller one"
+        )
+    return HiddenSpec(layers, teacher.hidden_size, rank=settings.hidden_rank)
 
 
 def hidden_layers(settings: CacheSettings, teacher: "LoadedModel") -> tuple[int, ...]:

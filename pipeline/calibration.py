@@ -1,4 +1,4 @@
-"""What stage one learns from samples: the sketch's basis, the codebook, whether the text has drifted.
+"""What stage one learns from samples: bases of sketch and hidden states, the codebook, whether text drifts.
 
 The calibration sample is spread over the whole data set. Where it would be a good part of the data, all of it
 is read and the teacher's states are kept for the main pass, so that calibration costs no second forward pass.
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner, TeacherStates
+from schemas.errors import UsageError
+from schemas.hidden_spec import HiddenSpec
 from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample
     from pmetal_distill.offline.capture import CoordinateMap
     from pmetal_distill.offline.writer import Sidecars
+    from schemas.hidden import HiddenBasis
 
 CODEBOOK_TOKENS = 4096
 KEEP_ALL_FACTOR = 3
@@ -37,6 +40,7 @@ STRETCH_TOKENS = 1 << 19
 JUDGED_TOKENS = 2304
 JUDGED_HELD_BACK_TOKENS = 256
 LEAST_HELD_BACK_TOKENS = 32
+HIDDEN_TOKENS = 4096
 MOST_JUDGED_BATCHES = 4
 MOST_KEPT_TOKENS = 1 << 15
 
@@ -67,6 +71,7 @@ class Calibrator:
         runner: feeds it.
         spec: of the targets.
         console: where progress goes.
+        hidden: of the hidden states that are kept too, or None.
 
     Attributes:
         forward_seconds: spent on forward passes whose states the main pass takes over.
@@ -77,7 +82,9 @@ class Calibrator:
     runner: TeacherRunner
     spec: TargetSpec
     console: Console
+    hidden: HiddenSpec | None = None
     forward_seconds: float = 0.0
+    _hidden_basis: "HiddenBasis | None" = None
 
     def learn(self) -> "Coding | DriftMonitor":
         """What the whole data set shares: all there is to it, or for a sketch the judge of its stretches."""
@@ -87,9 +94,12 @@ class Calibrator:
 
         if self.spec.tail == "sketch":
             return self.monitor()
-        sample = self._sample(self._sampled(CODEBOOK_TOKENS))
+        with_rank = self.hidden is not None and self.hidden.rank > 0
+        sample = self._sample(
+            self._sampled(self.settings.calibration_tokens if with_rank else CODEBOOK_TOKENS)
+        )
         captured = capture_hidden(sample.states, sample.logits_of, self.spec, chunk=sample.chunk)
-        return Coding(Sidecars(codebook=Codebook.fit(captured, self.spec)))
+        return Coding(Sidecars(codebook=Codebook.fit(captured, self.spec), hidden_basis=self._hidden_basis))
 
     def monitor(self) -> "DriftMonitor":
         """The calibration of the whole data set, and the judge of its stretches."""
@@ -123,13 +133,13 @@ class Calibrator:
         per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences
         numbers = range(stretch.start * per_shard, min(stretch.stop * per_shard, count))
         if len(numbers) == count:
-            return _coding(known, refitted=False)
+            return self._coding(known, refitted=False)
         chosen = self.judge(learned, numbers)
         refitted = chosen.basis is not known.basis
         if refitted:
             shards = f"shards {stretch.start} to {stretch.stop - 1}"
             self.console.note(f"{shards}: the text is unlike the sample, so they have a basis of their own")
-        return _coding(chosen, refitted=refitted)
+        return self._coding(chosen, refitted=refitted)
 
     def judge(self, monitor: "DriftMonitor", sequences: range) -> "Calibration":
         """The calibration that a stretch uses, with the errors measured on its own text."""
@@ -151,8 +161,19 @@ class Calibrator:
         rows = SampledRows.of(self.runner.run(members, keep=True), total, most=JUDGED_TOKENS)
         return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
 
+    def _coding(self, calibration: "Calibration", *, refitted: bool) -> Coding:
+        from pmetal_distill.offline.writer import Sidecars
+
+        measured = {
+            f"{name}@{temperature:g}": getattr(error, name)
+            for temperature, error in calibration.error.items()
+            for name in ("gradient", "kl", "total_variation")
+        }
+        sidecars = Sidecars(calibration.basis, calibration.codebook, self._hidden_basis)
+        return Coding(sidecars, calibration.map, {**measured, "refitted": float(refitted)})
+
     def _sampled(self, num_tokens: int) -> "SampledRows":
-        """Rows of the whole data set, evenly spread."""
+        """Rows of the whole data set, evenly spread; the basis of hidden states is fitted on the way."""
         data = self.runner.dataset
         if KEEP_ALL_FACTOR * num_tokens >= data.num_targets:
             self.runner.keep_tokens = data.num_targets
@@ -167,7 +188,12 @@ class Calibrator:
                     yield states
                     progress.advance(len(states.final))
 
-            return SampledRows.of(watched(), total, most=num_tokens)
+            with_rank = self.hidden if self.hidden and self.hidden.rank else None
+            layers = with_rank.layers if with_rank else ()
+            rows = SampledRows.of(watched(), total, most=num_tokens, layers=layers)
+        if with_rank:
+            self._hidden_basis = fit_hidden_basis(rows.layers, with_rank)
+        return rows
 
     def _all_kept(self) -> Iterable[TeacherStates]:
         import mlx.core as mx
@@ -213,18 +239,6 @@ def cut_stretches(lengths: NDArray[np.int64], sequences_per_shard: int, *, token
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def _coding(calibration: "Calibration", *, refitted: bool) -> Coding:
-    from pmetal_distill.offline.writer import Sidecars
-
-    measured = {
-        f"{name}@{temperature:g}": getattr(error, name)
-        for temperature, error in calibration.error.items()
-        for name in ("gradient", "kl", "total_variation")
-    }
-    sidecars = Sidecars(basis=calibration.basis, codebook=calibration.codebook)
-    return Coding(sidecars, calibration.map, {**measured, "refitted": float(refitted)})
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledRows:
     """Trained positions of sampled sequences.
@@ -234,34 +248,69 @@ class SampledRows:
         token_ids: int32 [n], the input token.
         documents: int32 [n], its document.
         dtype: of the teacher's own states.
+        layers: block -> float32 [m, d], of at most `HIDDEN_TOKENS` of the positions.
     """
 
     states: NDArray[np.float32]
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int32]
     dtype: "mx.Dtype"
+    layers: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @staticmethod
-    def of(found: Iterable[TeacherStates], total: int, *, most: int) -> "SampledRows":
+    def of(
+        found: Iterable[TeacherStates], total: int, *, most: int, layers: Sequence[int] = ()
+    ) -> "SampledRows":
         """At most `most` of the `total` rows that are found, evenly spread; only they leave the device."""
         import mlx.core as mx
 
-        from pmetal_distill.offline.capture import as_numpy
-
         chosen = np.linspace(0, total - 1, min(most, total)).astype(np.int64)
+        every = -(-len(chosen) // HIDDEN_TOKENS)
         states, token_ids, documents, start, dtype = [], [], [], 0, mx.float32
+        blocks: dict[int, list[NDArray[np.float32]]] = {index: [] for index in layers}
         for part in found:
             stop, mask, dtype = start + len(part.final), part.batch.loss_mask, part.final.dtype
-            rows = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, stop)] - start
-            states.append(np.array(as_numpy(part.final[mx.array(rows.astype(np.int32))])))
+            first, last = np.searchsorted(chosen, start), np.searchsorted(chosen, stop)
+            rows = chosen[first:last] - start
+            states.append(_fetched(part.final, rows))
             token_ids.append(part.batch.token_ids[mask][rows])
             documents.append(part.batch.documents[mask][rows])
+            few = np.flatnonzero(mask)[rows[-first % every :: every]]
+            for index, found_block in blocks.items():
+                block = part.layers[index]
+                found_block.append(_fetched(block.reshape(-1, block.shape[-1]), few))
             start = stop
         columns = (np.concatenate(states), np.concatenate(token_ids), np.concatenate(documents))
-        return SampledRows(*columns, dtype)
+        return SampledRows(*columns, dtype, {index: np.concatenate(b) for index, b in blocks.items()})
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> "SampledRows":
         return SampledRows(self.states[rows], self.token_ids[rows], self.documents[rows], self.dtype)
+
+
+def fit_hidden_basis(states: Mapping[int, NDArray[np.float32]], spec: HiddenSpec) -> "HiddenBasis":
+    """The PCA of sampled hidden states.
+
+    Raises:
+        UsageError: fewer states than its rank.
+    """
+    from schemas.hidden import HiddenBasis
+
+    count = min(map(len, states.values()))
+    if count < spec.rank:
+        raise UsageError(
+            f"hidden_rank: must be at most the {count} positions that it is fitted on, found {spec.rank}; "
+            "give more text, more calibration tokens or a smaller rank"
+        )
+    return HiddenBasis.fit(dict(states), spec)
+
+
+def _fetched(states: "mx.array", rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Some rows as float32."""
+    import mlx.core as mx
+
+    from pmetal_distill.offline.capture import as_numpy
+
+    return np.array(as_numpy(states[mx.array(rows.astype(np.int32))]))

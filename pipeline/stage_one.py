@@ -108,7 +108,9 @@ class StageOne:
     def __post_init__(self) -> None:
         layers = self.hidden.layers if self.hidden else ()
         self._runner = TeacherRunner(self.teacher, self.data, self.settings.batch_size, layers)
-        self._calibrator = Calibrator(self.settings, self.teacher, self._runner, self.spec, self.console)
+        self._calibrator = Calibrator(
+            self.settings, self.teacher, self._runner, self.spec, self.console, self.hidden
+        )
 
     def learn(self) -> "Coding | DriftMonitor":
         """Calibrates, once; needs no cache yet."""

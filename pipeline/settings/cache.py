@@ -51,6 +51,10 @@ class CacheSettings:
     hidden_layers: tuple[int, ...] | Literal["all"] = field(
         default=(), metadata=described("Teacher layers whose outputs are kept too: 6,12,-1 or all.")
     )
+    hidden_rank: int = field(
+        default=0,
+        metadata=described("Keep only so many PCA coordinates of each hidden state; 0 keeps all of it."),
+    )
     mask_prompt: bool = field(default=False, metadata=described("Leave prompts out of the training."))
     pack: bool = field(default=True, metadata=described("Put several short documents into a sequence."))
     text_feature: str = field(default="text", metadata=described("Column that holds plain text."))
@@ -71,10 +75,17 @@ class CacheSettings:
     def __post_init__(self) -> None:
         check_whole(self, "max_seq_len", least=2)
         check_whole(self, "batch_size top_k sketch_rank sequences_per_shard head_chunk")
-        check_whole(self, "seed", least=0)
+        check_whole(self, "seed hidden_rank", least=0)
         check(1 <= self.zstd_level <= 22, "zstd_level", "from 1 to 22", self.zstd_level)
         check(0 < self.sketch_step < math.inf, "sketch_step", "a positive number", self.sketch_step)
         check_layers("hidden_layers", self.hidden_layers)
+        check(
+            bool(self.hidden_layers) or not self.hidden_rank,
+            "hidden_rank",
+            "0 without hidden layers",
+            self.hidden_rank,
+            "name the layers by hidden_layers, or all",
+        )
         if self.tail == "sketch":
             check(
                 self.calibration_tokens >= self.sketch_rank,

@@ -108,12 +108,13 @@ class ShardDraft:
     Args:
         scratch: where the files go.
         codec, hidden: layouts and sidecars.
+        level: of zstd.
     """
 
-    def __init__(self, scratch: Scratch, codec: Codec, hidden: HiddenCodec | None) -> None:
+    def __init__(self, scratch: Scratch, codec: Codec, hidden: HiddenCodec | None, *, level: int) -> None:
         self._codec, self._hidden = codec, hidden
-        self._targets = _ParquetFile(scratch.path("targets.parquet"), codec.schema)
-        self._states = _ParquetFile(scratch.path("hidden.parquet"), hidden.schema) if hidden else None
+        self._targets = _ParquetFile(scratch.path("targets.parquet"), codec.schema, level)
+        self._states = _ParquetFile(scratch.path("hidden.parquet"), hidden.schema, level) if hidden else None
         self._groups: list[tuple[int, ...]] = []
         self._saturation = Saturation()
 
@@ -164,12 +165,12 @@ class ShardDraft:
 class _ParquetFile:
     """A Parquet file being written, remembering a digest of each row group."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, level: int) -> None:
         self._path = path
         self._schema = schema
         self._digests: list[str] = []
         self._handle: BinaryIO = path.open("xb")
-        self._writer = pq.ParquetWriter(self._handle, schema, **parquet_options(schema))
+        self._writer = pq.ParquetWriter(self._handle, schema, **parquet_options(schema, level=level))
 
     def write(self, table: pa.Table, digest: str) -> None:
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))

@@ -61,8 +61,9 @@ class Sidecars:
 class CacheWriter:
     """One process writing shards of a cache. Use as a context manager, or call `close`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, zstd_level: int = 1) -> None:
         self.store = store
+        self._level = zstd_level
         self._scratch = Scratch(store.root)
         self._refs: dict[int, tuple[object, FileRef]] = {}
 
@@ -73,7 +74,7 @@ class CacheWriter:
 
     @staticmethod
     def create_or_resume(
-        folder: Path, dataset: Dataset, tokenizer_files: Mapping[str, bytes]
+        folder: Path, dataset: Dataset, tokenizer_files: Mapping[str, bytes], *, zstd_level: int = 1
     ) -> "CacheWriter":
         """Open a folder for writing this dataset; creates it when there is none.
 
@@ -81,6 +82,7 @@ class CacheWriter:
             folder: empty, missing, or a cache of the same dataset.
             dataset: what is going to be written; its `tokenizer` field is filled in here.
             tokenizer_files: the teacher's tokenizer by plain file name.
+            zstd_level: of the shards that this process writes, 1 to 22; readers need not know it.
 
         Raises:
             UsageError: the folder holds something else.
@@ -99,7 +101,7 @@ class CacheWriter:
                 store = Store.open(folder)
                 _check_same(store.dataset, wanted)
                 _write_tokenizer(store, tokenizer_files, scratch)
-            return CacheWriter(store)
+            return CacheWriter(store, zstd_level=zstd_level)
 
     def missing_shards(self) -> list[int]:
         """Shards without a commit record, ascending: what is left to do.
@@ -190,7 +192,7 @@ class CacheWriter:
         codec = Codec(self.dataset.target, sidecars.basis, sidecars.codebook)
         hidden = HiddenCodec(self.dataset.hidden, sidecars.hidden_basis) if self.dataset.hidden else None
         with failing_writes(f"shard {index}"):
-            return ShardDraft(self._scratch, codec, hidden)
+            return ShardDraft(self._scratch, codec, hidden, level=self._level)
 
     def commit(
         self, index: int, draft: ShardDraft, sidecars: Sidecars, measured: Mapping[str, float]

@@ -178,6 +178,17 @@ def test_targets_of_the_trained_positions_alone_give_the_same_bytes(tmp_path):
     assert files_in(tmp_path / "c") == files_in(reference)
 
 
+def test_a_higher_level_of_zstd_takes_fewer_bytes_for_the_same_rows(tmp_path):
+    dataset = make_dataset(rows_per_group=4096)
+    sizes = {}
+    for level in (1, 19):
+        folder = tmp_path / str(level)
+        with CacheWriter.create_or_resume(folder, dataset, TOKENIZER, zstd_level=level) as writer:
+            sizes[level] = write_shard(writer, 0).targets.num_bytes
+        assert verify_cache(folder).sequences == 5
+    assert sizes[19] < sizes[1]
+
+
 def test_the_loser_of_a_race_discards_its_files(tmp_path):
     """A second writer commits shard 0, with other content, while the first is still reading its sequences."""
     first, second = open_writer(tmp_path / "c"), open_writer(tmp_path / "c")
