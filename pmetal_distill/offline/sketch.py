@@ -139,15 +139,8 @@ def fit_basis_linear(
     _check_rank(rank, tokens=moments.tokens, largest=min(width, vocab_size - 1), what="the hidden size")
     importance = metric(moments.meant)
     pieces = [slice(a, min(a + chunk, vocab_size)) for a in range(0, vocab_size, chunk)]
-    centre: Float64 = np.zeros(width)
-    gram: Float64 = np.zeros((width, width))
     factor = 1.0 if scale is None else float(scale)
-    for rows in pieces:
-        part = as_numpy(weight[rows]).astype(np.float64) * factor
-        share = importance[rows]
-        centre += np.asarray(share @ part, np.float64) / importance.sum()
-        gram += np.asarray((part * share[:, None]).T @ part, np.float64)
-    gram -= importance.sum() * np.outer(centre, centre)
+    centre, gram = _weighted_moments(weight, importance, pieces, factor)
     root, inverse = _roots(gram)
     variances, axes = np.linalg.eigh(root @ moments.covariance @ root)
     axes, variances = axes[:, ::-1][:, :rank], variances[::-1][:rank].clip(min=0.0)
@@ -164,6 +157,22 @@ def fit_basis_linear(
         "hidden", projection.astype(np.float32), (-projection @ moments.mean).astype(np.float32)
     )
     return FittedSketch(mean, components, made, np.sqrt(variances), int(moments.tokens))
+
+
+def _weighted_moments(
+    weight: Rows, importance: Float64, pieces: list[slice], factor: float
+) -> tuple[Float64, Float64]:
+    """Weighted mean [d] of the rows of factor * weight, and the weighted sum of outer products around it."""
+    width = weight.shape[1]
+    centre: Float64 = np.zeros(width)
+    gram: Float64 = np.zeros((width, width))
+    for rows in pieces:
+        part = as_numpy(weight[rows]).astype(np.float64) * factor
+        share = importance[rows]
+        centre += np.asarray(share @ part, np.float64) / importance.sum()
+        gram += np.asarray((part * share[:, None]).T @ part, np.float64)
+    gram -= importance.sum() * np.outer(centre, centre)
+    return centre, gram
 
 
 def fit_basis_logits(
@@ -202,10 +211,7 @@ def fit_basis_logits(
     width = min(rank + _OVERSAMPLE, vocab_size)
     axes = np.random.default_rng(seed).standard_normal((vocab_size, width)).astype(np.float32)
     for _ in range(iterations):
-        found = np.zeros_like(axes)
-        for centred in rows():
-            found += centred.T @ (centred @ axes)
-        axes = np.linalg.qr(found)[0]
+        axes = _sharpened(rows(), axes)
     gram = np.zeros((width, width))
     for centred in rows():
         inner = (centred @ axes).astype(np.float64)
@@ -217,6 +223,14 @@ def fit_basis_logits(
     made = CoordinateMap("logits", np.ascontiguousarray(projection), -(projection @ mean))
     spread = np.sqrt(variances[::-1][:rank].clip(min=0.0))
     return FittedSketch(mean, axes / root[:, None], made, spread, tokens)
+
+
+def _sharpened(rows: Iterable[Float32], axes: Float32) -> Float32:
+    """One power iteration: an orthonormal basis of rows' rows axes."""
+    found = np.zeros_like(axes)
+    for centred in rows:
+        found += centred.T @ (centred @ axes)
+    return np.asarray(np.linalg.qr(found)[0], np.float32)
 
 
 def metric(meant: Float64) -> Float64:
