@@ -49,7 +49,7 @@ def run_cache(
         FingerprintError: `--resume` into a cache of other inputs.
         DataError, ModelError, NonFiniteError, CacheError: as their names say; what was committed stays.
     """
-    from pmetal_distill.models import load_model, model_fingerprint
+    from pmetal_distill.models import model_fingerprint
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
     from pmetal_distill.parallel import World
@@ -58,11 +58,7 @@ def run_cache(
     if not world.leads:
         console = Console(quiet=True)
     _take_folder(settings, world)
-    if hint := missing_blas():
-        console.note(hint)
-    teacher = teacher or load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    for note in teacher.notes:
-        console.note(f"teacher: {note}")
+    teacher = teacher or _load_teacher(settings, console)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
