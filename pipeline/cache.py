@@ -64,10 +64,7 @@ def run_cache(
     spec = target_spec(settings, teacher.vocab_size)
     hidden = hidden_spec(settings, teacher)
     data = read_data(settings, teacher)
-    console.note(
-        f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {data.num_sequences:,} sequences "
-        f"({data.fill_rate:.0%} full)"
-    )
+    console.note(_size(data))
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():
         run.learn()
@@ -76,9 +73,7 @@ def run_cache(
         settings.out, dataset, tokenizer_files(teacher.tokenizer), zstd_level=settings.zstd_level
     ) as writer:
         run.write_missing(writer)
-    if not world.leads:
-        return {}
-    return {**run.summary(), **describe_cache(settings.out)}
+    return {**run.summary(), **describe_cache(settings.out)} if world.leads else {}
 
 
 def _take_folder(settings: CacheSettings, world: "World") -> None:
@@ -90,6 +85,11 @@ def _take_folder(settings: CacheSettings, world: "World") -> None:
         raise
     if not world.all(True):
         raise UsageError(f"{settings.out}: all processes must be able to take it, found one that is not")
+
+
+def _size(data: PackedDataset) -> str:
+    sequences = f"{data.num_sequences:,} sequences ({data.fill_rate:.0%} full)"
+    return f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {sequences}"
 
 
 def _load_teacher(settings: CacheSettings, console: Console) -> "LoadedModel":

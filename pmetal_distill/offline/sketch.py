@@ -218,15 +218,19 @@ def fit_basis_logits(
         gram += inner.T @ inner
     variances, turn = np.linalg.eigh(gram / tokens)
     axes = axes @ turn[:, ::-1][:, :rank].astype(np.float32)
+    spread = np.sqrt(variances[::-1][:rank].clip(min=0.0))
+    return FittedSketch(mean, axes / root[:, None], _map_of_logits(axes, root, share, mean), spread, tokens)
+
+
+def _map_of_logits(axes: Float32, root: Float32, share: Float32, mean: Float32) -> CoordinateMap:
+    """Coordinates of logits along orthonormal axes of the centred and weighted ones."""
     weighted = axes * root[:, None]
     projection = (weighted - np.outer(share, weighted.sum(axis=0))).T
-    made = CoordinateMap("logits", np.ascontiguousarray(projection), -(projection @ mean))
-    spread = np.sqrt(variances[::-1][:rank].clip(min=0.0))
-    return FittedSketch(mean, axes / root[:, None], made, spread, tokens)
+    return CoordinateMap("logits", np.ascontiguousarray(projection), -(projection @ mean))
 
 
 def _sharpened(rows: Iterable[Float32], axes: Float32) -> Float32:
-    """One power iteration: an orthonormal basis of rows' rows axes."""
+    """One power iteration: an orthonormal basis of rows.T @ rows @ axes."""
     found = np.zeros_like(axes)
     for centred in rows:
         found += centred.T @ (centred @ axes)
