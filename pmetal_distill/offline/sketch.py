@@ -226,7 +226,8 @@ def _map_of_logits(axes: Float32, root: Float32, share: Float32, mean: Float32) 
     """Coordinates of logits along orthonormal axes of the centred and weighted ones."""
     weighted = axes * root[:, None]
     projection = (weighted - np.outer(share, weighted.sum(axis=0))).T
-    return CoordinateMap("logits", np.ascontiguousarray(projection), -(projection @ mean))
+    offset = -np.asarray(projection @ mean, np.float32)
+    return CoordinateMap("logits", np.ascontiguousarray(projection), offset)
 
 
 def _sharpened(rows: Iterable[Float32], axes: Float32) -> Float32:
