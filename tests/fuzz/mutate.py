@@ -48,8 +48,8 @@ SYNTAX = (
 MAX_PAGE_BYTES = 1 << 16
 
 _CANNOT = (
-    ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error,
-    zstandard.ZstdError,
+    ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, StopIteration,
+    struct.error, zstandard.ZstdError,
 )  # fmt: skip
 
 
