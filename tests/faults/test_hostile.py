@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
+from pmetal_distill.modelling.gguf_format import read_gguf
 from pmetal_distill.models import load_model, load_tokenizer
 from pmetal_distill.offline.commit import hash_stream
 from pmetal_distill.offline.reader import LogitCache
@@ -140,6 +141,14 @@ def test_pipes_among_the_files_keep_nobody_waiting(world: World, tmp_path: Path)
     os.mkfifo(folder / "tokenizer/x")
     with pytest.raises(CorruptionError, match="tokenizer/x: must be named by"):
         _ = LogitCache(folder).tokenizer_path
+
+
+def test_a_pipe_for_a_model_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(ModelError, match=r"cannot be read \(a folder, pipe or device"):
+        read_gguf(tmp_path / "x.gguf")
+    with pytest.raises(ModelError, match="a model must be a folder or a"):
+        load_model(tmp_path / "x.gguf")
 
 
 def test_a_file_that_grows_while_it_is_hashed_ends(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Shared by the property tests and, as custom mutators, by the coverage-guided fuz
 import json
 import random
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import zstandard
@@ -38,6 +39,7 @@ VALUES: tuple[Any, ...] = (
     "/etc/passwd", "none", "sketch", "0" * 64, [], {}, [[]], [1, 2], {"a": 1}, [[[[[[[[[[[]]]]]]]]]]],
 )  # fmt: skip
 
+_GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 SYNTAX = (
     "&a ", "*a", "*layers", "? ", "- ", ": ", "{", "}", "[", "]", ", ", "!!int ", "!!set ", "!!omap ",
     "!!str ", "!!binary ", "!!timestamp ", "!!pairs ", "!x ", "<<: *a\n", "<<: ", "|\n", ">-\n", "---\n",
@@ -133,6 +135,59 @@ def _yaml(data: bytes, draw: random.Random) -> bytes:
     )
 
 
+def _gguf(data: bytes, draw: random.Random) -> bytes:
+    """A count, length, type, size or offset of the header replaced, or a text."""
+    start, stop, text = draw.choice(list(_gguf_places(data)))
+    if text:
+        return data[:start] + flipped(data[start:stop], draw) + data[stop:]
+    before = int.from_bytes(data[start:stop], "little")
+    value = draw.choice((*NUMBERS, before + 1, before - 1, before * 2, before + 32, 8, 9))
+    return data[:start] + (value % (1 << 8 * (stop - start))).to_bytes(stop - start, "little") + data[stop:]
+
+
+def _gguf_places(data: bytes) -> Iterator[tuple[int, int, bool]]:
+    """Where the numbers (and texts) of a header lie."""
+    at = 4
+
+    def number(size: int) -> Iterator[tuple[int, int, bool]]:
+        nonlocal at
+        at += size
+        if at > len(data):
+            raise IndexError("a header that leaves the file")
+        yield at - size, at, False
+
+    def text() -> Iterator[tuple[int, int, bool]]:
+        nonlocal at
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield from number(8)
+        at += length
+        yield at - length, at, True
+
+    def value(kind: int) -> Iterator[tuple[int, int, bool]]:
+        if kind == 8:
+            yield from text()
+        elif kind == 9:
+            kind, count = struct.unpack_from("<IQ", data, at)
+            yield from (*number(4), *number(8))
+            for _ in range(count):
+                yield from value(kind)
+        else:
+            yield from number(_GGUF_BYTES[kind])
+
+    tensors, keys = struct.unpack_from("<QQ", data, 8)
+    yield from (*number(4), *number(8), *number(8))
+    for _ in range(keys):
+        yield from text()
+        (kind,) = struct.unpack_from("<I", data, at)
+        yield from number(4)
+        yield from value(kind)
+    for _ in range(tensors):
+        yield from text()
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        for size in (4, *[8] * min(dimensions, 8), 4, 8):
+            yield from number(size)
+
+
 def _sidecar(data: bytes, draw: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     header, body = data[8 : 8 + length], data[8 + length :]
@@ -214,7 +269,7 @@ _MUTATORS = {
     "dataset": _json,
     "record": _json,
     "sidecar": _sidecar,
-    "gguf": flipped,
+    "gguf": _gguf,
     "yaml": _yaml,
     "pages": _pages,
     "footer": _footer,
