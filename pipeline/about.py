@@ -9,7 +9,7 @@ LIBRARIES = ("mlx", "mlx-lm", "numpy", "pyarrow", "zstandard", "transformers", "
 
 
 def version_line() -> str:
-    return f"pmetal-pipeline {_version('pmetal-distill')}"
+    return f"pmetal-pipeline {installed_version('pmetal-distill')}"
 
 
 def report() -> str:
@@ -27,7 +27,7 @@ def report() -> str:
         "BLAS": blas,
     }
     return "\n".join(
-        [version_line(), aligned([*facts.items(), *((name, _version(name)) for name in LIBRARIES)])]
+        [version_line(), aligned([*facts.items(), *((name, installed_version(name)) for name in LIBRARIES)])]
     )
 
 
@@ -37,7 +37,7 @@ def _device() -> str:
     return str(mx.default_device())
 
 
-def _version(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -46,7 +46,10 @@ def tail_logits(basis: SketchBasis, curve: TailCurve, targets: TargetArrays) -> 
         raise IncompatibleError(
             f"tail_logits: coordinates must have the rank {basis.rank} of the basis, found {targets.rank}"
         )
-    rows = targets.coordinates @ basis.components.T
+    # One product whatever the leading shape: products of other shapes round differently.
+    coordinates = targets.coordinates
+    rows = coordinates.reshape(-1, basis.rank) @ basis.components.T
+    rows = rows.reshape(*coordinates.shape[:-1], rows.shape[-1])
     rows += basis.mean
     if basis.has_ceiling:
         ceilings = tail_ceilings(basis, curve, targets).astype(np.float32)

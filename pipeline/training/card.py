@@ -4,12 +4,12 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.about import installed_version
 from pipeline.config import to_plain
 from pipeline.settings import TrainSettings
 
@@ -59,7 +59,7 @@ def model_card(
         "tags": list(_TAGS),
     }
     teacher = f"`{facts['teacher']}`" if facts.get("teacher") else "its teacher"
-    made = f"with pmetal-distill {version('pmetal-distill')}"
+    made = f"with pmetal-distill {installed_version('pmetal-distill')}"
     return "\n".join(
         [
             "---",
