@@ -8,10 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from pipeline.settings import TrainSettings
@@ -19,41 +16,11 @@ from pipeline.training.holdout import Holdout
 from schemas.errors import IncompatibleError, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.training.text_reader import TextReader
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.batch import Batch
     from pmetal_distill.offline.batches import BatchIterator
     from pmetal_distill.offline.reader import LogitCache
-
-
-class Reader(Protocol):
-    """What a cache and a `TextReader` have in common."""
-
-    @property
-    def text(self) -> str:
-        """Names the text."""
-        ...
-
-    @property
-    def numbers(self) -> npt.NDArray[np.int64]:
-        """Numbers of the sequences, ascending."""
-        ...
-
-    def batches(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        state: dict[str, Any] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        epochs: int | None = None,
-        shuffle: bool = True,
-        window: int = 16,
-        subset: npt.ArrayLike | None = None,
-        prefetch: int = 2,
-    ) -> "BatchIterator":
-        """See `LogitCache.batches`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +37,7 @@ class Source:
     """
 
     teacher: "LogitCache | LoadedModel"
-    reader: Reader
+    reader: "LogitCache | TextReader"
     split: Holdout
     hidden_layers: tuple[int, ...]
     root: str
@@ -194,7 +161,7 @@ def _beside_teacher(settings: TrainSettings, student: "LoadedModel", console: Co
 def _source(
     settings: TrainSettings,
     teacher: "LogitCache | LoadedModel",
-    reader: Reader,
+    reader: "LogitCache | TextReader",
     layers: tuple[int, ...],
     facts: dict[str, str],
     *,

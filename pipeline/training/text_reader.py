@@ -5,7 +5,7 @@ the default shard size. Memory: the tokens, 4 bytes each.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,11 @@ import numpy.typing as npt
 from pipeline.cache import ROWS_PER_GROUP
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
-from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
-from pmetal_distill.offline.batches import BatchIterator, Feed, Share
-from pmetal_distill.offline.order import Position, make_order
+from pmetal_distill.offline.batch import StoredSequence
+from pmetal_distill.offline.batches import BatchIterator, ReadOptions, Sequences, read_batches
 from schemas.arrays import TargetArrays
 
 SEQUENCES_PER_SHARD: Any = {f.name: f.default for f in fields(CacheSettings)}["sequences_per_shard"]
-PAD_MULTIPLE = 32
 Int64 = npt.NDArray[np.int64]
 
 
@@ -43,20 +41,7 @@ class TextReader:
         """Numbers of the sequences, ascending."""
         return np.arange(self.data.num_sequences, dtype=np.int64)
 
-    def batches(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        state: dict[str, Any] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        epochs: int | None = None,
-        shuffle: bool = True,
-        window: int = 16,
-        subset: npt.ArrayLike | None = None,
-        prefetch: int = 2,
-    ) -> BatchIterator:
+    def batches(self, *, batch_size: int, seed: int, **options: Unpack[ReadOptions]) -> BatchIterator:
         """Batches in the order of `LogitCache.batches`, whose arguments these are.
 
         Raises:
@@ -65,33 +50,16 @@ class TextReader:
         lengths = self.data.sequence_lengths()
         groups = row_groups(lengths, per_shard=SEQUENCES_PER_SHARD, rows_per_group=ROWS_PER_GROUP)
         firsts = np.array([group[0] for group in groups], np.int64)
-        order = make_order(
+        sequences = Sequences(
+            self.text,
+            self.text,
             groups,
-            root=self.text,
-            text=self.text,
-            seed=seed,
-            window=window,
-            shuffle=shuffle,
-            subset=subset,
-        )
-
-        def pad(sequences: list[StoredSequence], numbers: list[int]) -> Batch:
-            size = padded_length(int(lengths[numbers].max()), pad_multiple=PAD_MULTIPLE, length=None)
-            return collate(sequences, size, empty=_no_targets(0))
-
-        feed = Feed(
-            order,
-            Share(rank, world_size),
-            epochs,
             group_of=lambda number: int(np.searchsorted(firsts, number, side="right")) - 1,
+            longest=lambda numbers: int(lengths[np.asarray(numbers)].max()),
             load=lambda group: {number: self._sequence(number) for number in groups[group].tolist()},
-            collate=pad,
+            empty=_no_targets(0),
         )
-        start = Position(0, 0, seed, window, batch_size, order.root)
-        iterator = BatchIterator(feed, start, prefetch=prefetch)
-        if state is not None:
-            iterator.set_state(state)
-        return iterator
+        return read_batches(sequences, batch_size=batch_size, seed=seed, **options)
 
     def _sequence(self, number: int) -> StoredSequence:
         row = self.data.sequence(number)

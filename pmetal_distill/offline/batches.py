@@ -11,12 +11,55 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
-from pmetal_distill.offline.batch import Batch, StoredSequence
-from pmetal_distill.offline.order import Order, Position
+import numpy as np
+import numpy.typing as npt
+
+from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
+from pmetal_distill.offline.order import Order, Position, make_order
+from schemas.arrays import TargetArrays
+from schemas.errors import IncompatibleError
 
 _POLL_SECONDS = 0.1
+
+
+class ReadOptions(TypedDict, total=False):
+    """How to read; see `LogitCache.batches`, which has the defaults."""
+
+    state: dict[str, Any] | None
+    rank: int
+    world_size: int
+    epochs: int | None
+    shuffle: bool
+    window: int
+    subset: npt.ArrayLike | None
+    prefetch: int
+    pad_multiple: int
+    length: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """What can be read: sequences in row groups.
+
+    Attributes:
+        root: a hash that names the content.
+        text: a hash that names the text, on which alone the order depends.
+        members: sequence numbers of each row group, ascending.
+        group_of: the row group that holds a sequence.
+        longest: tokens in the longest of some sequences.
+        load: all sequences of a row group, by number.
+        empty: targets of no tokens.
+    """
+
+    root: str
+    text: str
+    members: list[npt.NDArray[np.int64]]
+    group_of: Callable[[int], int]
+    longest: Callable[[npt.ArrayLike], int]
+    load: Callable[[int], dict[int, StoredSequence]]
+    empty: TargetArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +194,50 @@ class BatchIterator(Iterator[Batch]):
         worker = _Prefetcher(self._feed, self._position, size=self._prefetch)
         self._stop = weakref.finalize(self, worker.stop)
         return worker.items()
+
+
+def read_batches(
+    sequences: Sequences, *, batch_size: int, seed: int, **options: Unpack[ReadOptions]
+) -> BatchIterator:
+    """Batches of sequences in their order.
+
+    Raises:
+        IncompatibleError: options out of bounds, or a state of another order.
+    """
+    rank, world_size = options.get("rank", 0), options.get("world_size", 1)
+    prefetch, window = options.get("prefetch", 2), options.get("window", 16)
+    multiple, length = options.get("pad_multiple", 32), options.get("length")
+    if not (0 <= rank < world_size and batch_size >= 1 and multiple >= 1 and prefetch >= 0):
+        found = f"batch_size={batch_size}, rank={rank}, world_size={world_size}, prefetch={prefetch}"
+        raise IncompatibleError(f"batches: sizes must be positive and rank below world_size, found {found}")
+    order = make_order(
+        sequences.members,
+        root=sequences.root,
+        text=sequences.text,
+        seed=seed,
+        window=window,
+        shuffle=options.get("shuffle", True),
+        subset=options.get("subset"),
+    )
+    longest, empty = sequences.longest, sequences.empty
+    padded_length(longest(np.concatenate(sequences.members)), pad_multiple=multiple, length=length)
+
+    def pad(mine: list[StoredSequence], numbers: list[int]) -> Batch:
+        size = padded_length(longest(numbers), pad_multiple=multiple, length=length)
+        return collate(mine, size, empty=empty)
+
+    feed = Feed(
+        order,
+        Share(rank, world_size),
+        options.get("epochs"),
+        group_of=sequences.group_of,
+        load=sequences.load,
+        collate=pad,
+    )
+    iterator = BatchIterator(feed, Position(0, 0, seed, window, batch_size, order.root), prefetch=prefetch)
+    if (state := options.get("state")) is not None:
+        iterator.set_state(state)
+    return iterator
 
 
 class _Prefetcher:

@@ -58,9 +58,9 @@ class SequenceIndex:
         """The row group that holds a sequence."""
         return int(np.searchsorted(self.starts, self.position(number), side="right")) - 1
 
-    def longest(self, numbers: Sequence[int]) -> int:
+    def longest(self, numbers: npt.ArrayLike) -> int:
         """Tokens in the longest of some sequences."""
-        return int(self.lengths[np.searchsorted(self.numbers, numbers)].max())
+        return int(self.lengths[np.searchsorted(self.numbers, np.asarray(numbers))].max())
 
     def members(self) -> list[Int64]:
         """Sequence numbers of each row group."""

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
-from pmetal_distill.offline.batches import BatchIterator, Feed, Share
+from pmetal_distill.offline.batch import StoredSequence
+from pmetal_distill.offline.batches import BatchIterator, Sequences, read_batches
 from pmetal_distill.offline.index import SequenceIndex
-from pmetal_distill.offline.order import Position, make_order
 from pmetal_distill.offline.shard_reader import Shard, ShardReader
 from pmetal_distill.offline.store import Store
 from schemas.arrays import TargetArrays
@@ -223,42 +222,31 @@ class LogitCache:
         Raises:
             IncompatibleError: options out of bounds, or a state of another order.
         """
-        if not (0 <= rank < world_size and batch_size >= 1 and pad_multiple >= 1 and prefetch >= 0):
-            found = f"batch_size={batch_size}, rank={rank}, world_size={world_size}, prefetch={prefetch}"
-            raise IncompatibleError(
-                f"batches: sizes must be positive and rank below world_size, found {found}"
-            )
-        order = make_order(
-            self._index.members(),
-            root=self.root,
-            text=self.text,
-            seed=seed,
-            window=window,
-            shuffle=shuffle,
-            subset=subset,
-        )
-        padded_length(int(self.lengths.max()), pad_multiple=pad_multiple, length=length)
-
-        def pad(sequences: list[StoredSequence], numbers: list[int]) -> Batch:
-            longest = self._index.longest(numbers)
-            size = padded_length(longest, pad_multiple=pad_multiple, length=length)
-            return collate(sequences, size, empty=self._empty())
-
         reader = self._new_reader()
-        feed = Feed(
-            order,
-            Share(rank, world_size),
-            epochs,
+        sequences = Sequences(
+            self.root,
+            self.text,
+            self._index.members(),
+            self._index.group_of,
+            self._index.longest,
             load=lambda group: self._load(group, reader),
-            group_of=self._index.group_of,
-            collate=pad,
+            empty=self._empty(),
         )
-        iterator = BatchIterator(
-            feed, Position(0, 0, seed, window, batch_size, order.root), prefetch=prefetch
+        return read_batches(
+            sequences,
+            batch_size=batch_size,
+            seed=seed,
+            state=state,
+            rank=rank,
+            world_size=world_size,
+            epochs=epochs,
+            shuffle=shuffle,
+            window=window,
+            subset=subset,
+            prefetch=prefetch,
+            pad_multiple=pad_multiple,
+            length=length,
         )
-        if state is not None:
-            iterator.set_state(state)
-        return iterator
 
     def raw_shards(self) -> Iterator[tuple[Codec, list[bytes]]]:
         """Target files as bytes, by codec: for measuring."""
