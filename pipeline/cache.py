@@ -25,7 +25,6 @@ from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
-    from pmetal_distill.parallel import World
 
 ROWS_PER_GROUP = 4096
 
@@ -57,7 +56,10 @@ def run_cache(
     world = World.launched()
     if not world.leads:
         console = Console(quiet=True)
-    _take_folder(settings, world)
+    world.together(
+        lambda: refuse_used_folder(settings.out, resume=settings.resume),
+        otherwise=UsageError(f"{settings.out}: all processes must be able to take it, found one that is not"),
+    )
     teacher = teacher or _load_teacher(settings, console)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
@@ -74,17 +76,6 @@ def run_cache(
     ) as writer:
         run.write_missing(writer)
     return {**run.summary(), **describe_cache(settings.out)} if world.leads else {}
-
-
-def _take_folder(settings: CacheSettings, world: "World") -> None:
-    """Sees that the folder may be written to, before any of several processes has written there."""
-    try:
-        refuse_used_folder(settings.out, resume=settings.resume)
-    except BaseException:
-        world.all(False)
-        raise
-    if not world.all(True):
-        raise UsageError(f"{settings.out}: all processes must be able to take it, found one that is not")
 
 
 def _size(data: PackedDataset) -> str:

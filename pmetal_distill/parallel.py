@@ -5,11 +5,11 @@ Without a launcher the world is one process and nothing is sent. A sum costs one
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,8 @@ from schemas.errors import PeerLostError
 
 # What mlx.launch sets for its back ends (ring, jaccl, nccl), and what mpirun sets.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class World:
         Raises:
             PeerLostError: one of the others is gone.
         """
-        return int(self.sum(mx.array(int(holds)))) == self.size
+        return self._count(holds) == self.size
 
     def any(self, holds: bool) -> bool:
         """Whether something holds in some process; also waits for all of them.
@@ -96,7 +98,30 @@ class World:
         Raises:
             PeerLostError: one of the others is gone.
         """
-        return int(self.sum(mx.array(int(holds)))) > 0
+        return self._count(holds) > 0
+
+    def together(self, act: Callable[[], T], *, otherwise: Exception) -> T:
+        """Does something in every process, before any of them goes on.
+
+        Returns:
+            what `act` returned here.
+
+        Raises:
+            Exception: what `act` raised here, else `otherwise` where it failed in another process.
+            PeerLostError: one of the others is gone.
+        """
+        try:
+            result = act()
+        except BaseException:
+            self.all(False)
+            raise
+        if not self.all(True):
+            raise otherwise
+        return result
+
+    def _count(self, holds: bool) -> int:
+        """In how many processes it holds; alone, nothing is computed."""
+        return int(holds) if self.group is None else int(self.sum(mx.array(int(holds))))
 
 
 def _is_ring_of_one() -> bool:

@@ -72,18 +72,12 @@ def open_together(settings: TrainSettings, world: "World") -> RunFolder:
             f"batch_size: must be at least {world.size}, one sequence for each process, found "
             f"{settings.batch_size}; give more, or start fewer processes"
         )
-    if not world.leads:
-        if not world.all(True):
-            raise UsageError(f"{settings.out}: the first process must take it, found that it could not")
-        return RunFolder.of_peer(settings, resumed=world.any(False))
-    try:
-        folder = RunFolder.open(settings)
-    except BaseException:
-        world.all(False)
-        raise
-    world.all(True)
-    world.any(folder.resumed)
-    return folder
+    taken = world.together(
+        lambda: RunFolder.open(settings) if world.leads else None,
+        otherwise=UsageError(f"{settings.out}: the first process must take it, found that it could not"),
+    )
+    resumed = world.any(taken is not None and taken.resumed)
+    return taken or RunFolder.of_peer(settings, resumed=resumed)
 
 
 def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Console) -> dict[str, Any]:
