@@ -8,9 +8,10 @@ from typing import Any
 from pipeline.config import load_config
 from pipeline.console import aligned
 from pipeline.settings import TrainSettings
+from pipeline.training.folder import CONFIG, METRICS
+from pmetal_distill.offline.commit import DATASET
 from schemas.errors import UsageError
 
-METRICS, CONFIG, DATASET = "metrics.jsonl", "config.yaml", "dataset.json"
 SHOWN = ("loss", "soft", "hard", "hidden", "learning_rate", "temperature", "tokens_per_second")
 
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
-from pmetal_distill.losses.chunk import IGNORE_INDEX
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.hidden import HiddenAligner, layer_pairs

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.job import TokenRows
 
-IGNORE_INDEX = -100
 _CPU_BLOCK_ROWS = 8
 Float = npt.NDArray[np.floating[Any]]
 Bool = npt.NDArray[np.bool_]

@@ -1,6 +1,6 @@
 """Losses on the teacher's complete distribution: divergences, labels, hidden states, and the chunked head."""
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
 from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
 from pmetal_distill.losses.functional import (

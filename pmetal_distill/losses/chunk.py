@@ -9,13 +9,12 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses import rows as plain_rows
 from pmetal_distill.losses.divergences import Divergence, Events, Terms
 from pmetal_distill.losses.rows import DenseStatistics, SparseStatistics
 from pmetal_distill.reductions import row_logsumexp, row_sum
 from pmetal_distill.target import SoftTarget
-
-IGNORE_INDEX = -100
 
 Statistics = SparseStatistics | DenseStatistics
 

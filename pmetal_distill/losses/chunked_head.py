@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses import host, plain
-from pmetal_distill.losses.chunk import IGNORE_INDEX, RowOps
+from pmetal_distill.losses.chunk import RowOps
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.job import (

@@ -8,7 +8,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX, Chunk
+from pmetal_distill.labels import IGNORE_INDEX
+from pmetal_distill.losses.chunk import Chunk
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.rows import DenseStatistics, SparseStatistics
 from pmetal_distill.losses.shapes import Float, Integer

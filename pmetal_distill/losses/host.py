@@ -20,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.blas import multiply_into
-from pmetal_distill.losses.chunk import IGNORE_INDEX
 from pmetal_distill.losses.head import PackedWeight
 from pmetal_distill.losses.host_rows import Array, RowData, Work, process, ranks, to_logits
 from pmetal_distill.losses.job import HeadJob, StepResult, TokenRows

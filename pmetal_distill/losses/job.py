@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX, RowOps
+from pmetal_distill.labels import IGNORE_INDEX
+from pmetal_distill.losses.chunk import RowOps
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.target import SoftTarget

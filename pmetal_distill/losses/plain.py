@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from pmetal_distill.losses.chunk import IGNORE_INDEX, Chunk
+from pmetal_distill.labels import IGNORE_INDEX
+from pmetal_distill.losses.chunk import Chunk
 from pmetal_distill.losses.job import HeadJob, StepResult, TokenRows
 
 

@@ -21,6 +21,22 @@ _USUAL_SOFTCAPS = (30.0, 15.0)
 _SNAP = 0.01
 
 
+def dense_weight(module: nn.Module) -> mx.array:
+    """The matrix of an embedding or linear layer, [out, in], unpacked where it is quantized."""
+    weight: mx.array = module["weight"]
+    if "scales" not in module:
+        return weight
+    return mx.dequantize(
+        weight,
+        module["scales"],
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        global_scale=module.get("global_scale"),
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearHead:
     """The head as a matrix. Reads its parameters when asked, so it follows training and gradient tracing.
@@ -47,19 +63,7 @@ class LinearHead:
     @property
     def weight(self) -> mx.array:
         """[V, d]."""
-        module = self.module
-        weight: mx.array = module["weight"]
-        if not self.quantized:
-            return weight
-        return mx.dequantize(
-            weight,
-            module["scales"],
-            module.get("biases"),
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=module.mode,
-            global_scale=module.get("global_scale"),
-        )
+        return dense_weight(self.module)
 
     @property
     def bias(self) -> mx.array | None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.labels import IGNORE_INDEX
 from schemas.arrays import Bool, Float32, Int32, TargetArrays
 from schemas.errors import IncompatibleError
 
-IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
 
 

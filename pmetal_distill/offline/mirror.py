@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from pmetal_distill.home import cache_home
-from pmetal_distill.offline.commit import failing_writes
+from pmetal_distill.offline.commit import DATASET, failing_writes
 from pmetal_distill.offline.remote import Listed, RemoteFolder
 from schemas.errors import CorruptionError, UsageError
 from schemas.manifest import MAX_DATASET_BYTES, MAX_RECORD_BYTES, FileRef
@@ -21,7 +21,7 @@ from schemas.manifest import MAX_DATASET_BYTES, MAX_RECORD_BYTES, FileRef
 DEFAULT_BYTES = 32 << 30
 VARIABLE = "PMETAL_MIRROR_GB"
 _OLD_SECONDS = 24 * 3600
-_DATASET, _RECORDS, _SHARDS = "dataset.json", "commits", "shards"
+_RECORDS, _SHARDS = "commits", "shards"
 
 
 class Mirror:
@@ -70,14 +70,14 @@ class Mirror:
 
     def _refresh(self) -> None:
         """Dataset and commit records as they are now; of another data set nothing old is kept."""
-        found = self.remote.stat(_DATASET)
+        found = self.remote.stat(DATASET)
         if found is None:
-            raise UsageError(f"{self.remote.name}: must be a cache, found no {_DATASET}; check the URL")
+            raise UsageError(f"{self.remote.name}: must be a cache, found no {DATASET}; check the URL")
         for folder in (_SHARDS, _RECORDS, "bases", "tokenizer", "_tmp"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         _remove_old(self.root / "_tmp")
-        data = self.remote.read(_DATASET, max_bytes=MAX_DATASET_BYTES)
-        known = self.root / _DATASET
+        data = self.remote.read(DATASET, max_bytes=MAX_DATASET_BYTES)
+        known = self.root / DATASET
         if not known.exists() or known.read_bytes() != data:
             for path in (p for f in (_RECORDS, _SHARDS, "tokenizer") for p in (self.root / f).iterdir()):
                 path.unlink(missing_ok=True)

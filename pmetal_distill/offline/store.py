@@ -185,11 +185,10 @@ class Store:
         where = f"{folder}/{ref.name}"
         if ref.num_bytes > (most := min(max_bytes, MAX_SIDECAR_BYTES)):
             raise CorruptionError(f"{where}: must be at most {most} bytes, found {ref.num_bytes}")
-        data = self._read(folder, ref)
-        if self.mirror and hashlib.sha256(data).hexdigest() != ref.sha256:
+        data, digest = self._read(folder, ref)
+        if self.mirror and digest != ref.sha256:
             self.mirror.drop(folder, ref)
-            data = self._read(folder, ref)
-        digest = hashlib.sha256(data).hexdigest()
+            data, digest = self._read(folder, ref)
         if digest != ref.sha256 or len(data) != ref.num_bytes:
             must = f"must have {ref.num_bytes} bytes with SHA-256 {ref.sha256[:16]}"
             found = f"found {len(data)} with {digest[:16]}"
@@ -205,7 +204,9 @@ class Store:
         if self.mirror:
             self.mirror.fetch(folder, ref)
 
-    def _read(self, folder: str, ref: FileRef) -> bytes:
+    def _read(self, folder: str, ref: FileRef) -> tuple[bytes, str]:
+        """A small file and its SHA-256."""
         self.fetch(folder, ref)
         check_folder(self.root / folder)
-        return read_plain(self.root / folder / ref.name, max_bytes=ref.num_bytes)
+        data = read_plain(self.root / folder / ref.name, max_bytes=ref.num_bytes)
+        return data, hashlib.sha256(data).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from pmetal_distill.modelling.heads import dense_weight
 from pmetal_distill.modelling.randomness import seeded
 from pmetal_distill.models import LoadedModel, build_model, save_model, wrap_model
 from pmetal_distill.students.pruned import text_config
@@ -74,24 +75,10 @@ def _take_over(student: LoadedModel, teacher: LoadedModel, rows: int) -> None:
 def _tables(loaded: LoadedModel) -> dict[str, tuple[str, mx.array]]:
     """Input embedding and head, which may be the same: path and matrix [V, d]."""
     tables = {
-        path: _dense(module)
+        path: dense_weight(module)
         for path, module in loaded.model.named_modules()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
         and len(module["weight"]) == loaded.vocab_size
     }
     found = {"embedding": next(iter(tables.items()))} if len(tables) == 1 else {}
     return found if loaded.head is None else found | {"head": (loaded.head.path, loaded.head.weight)}
-
-
-def _dense(module: nn.Module) -> mx.array:
-    weight: mx.array = module["weight"]
-    if "scales" not in module:
-        return weight
-    return mx.dequantize(
-        weight,
-        module["scales"],
-        module.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    )

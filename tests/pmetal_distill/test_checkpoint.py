@@ -1,13 +1,11 @@
 """States on disk: the bytes come back or an error does; a distiller that takes one over goes on exactly."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +23,7 @@ from pmetal_distill.losses.taid import TaidSchedule
 from pmetal_distill.models import LoadedModel, load_model
 from pmetal_distill.schedule import TemperatureSchedule
 from schemas.errors import CheckpointError, CorruptionError
+from tests.limits import file_size_limit
 
 WRITER = """
 import sys
@@ -54,17 +53,6 @@ def assert_equal(left: TrainingState, right: TrainingState) -> None:
     for name, array in left.arrays.items():
         assert array.dtype == right.arrays[name].dtype
         assert mx.array_equal(array, right.arrays[name]), name
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TestFiles:

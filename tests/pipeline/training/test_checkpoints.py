@@ -1,6 +1,5 @@
 """Which checkpoints a run keeps, and what it does when one cannot be written or read."""
 
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pipeline.training.loop import criterion
 from pipeline.training.validation import Validator
 from pmetal_distill.checkpoint import TrainingState, list_states
 from schemas.errors import CheckpointError, CorruptionError, NonFiniteError, VersionError
+from tests.limits import file_size_limit
 from tests.pipeline.training.runs import QUIET, assert_same_run, run_settings, stop_after, train
 
 Make = Callable[..., TrainSettings]
@@ -139,17 +139,6 @@ class TestDamage:
             checkpoints.latest(QUIET)
 
 
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 class TestFullDisk:
     def test_at_a_checkpoint_the_one_before_stays(self, make: Make) -> None:
         train(make("straight"))
@@ -158,7 +147,7 @@ class TestFullDisk:
         def save_on_a_full_disk(self: Checkpoints, iteration: int, *args: Any, **kwargs: Any) -> Any:
             if iteration < 6:
                 return inner(self, iteration, *args, **kwargs)
-            with full_disk(50_000):
+            with file_size_limit(50_000):
                 return inner(self, iteration, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -176,7 +165,7 @@ class TestFullDisk:
         settings, inner = make("full"), output.write_outputs
 
         def write_on_a_full_disk(*args: Any) -> Any:
-            with full_disk(50_000):
+            with file_size_limit(50_000):
                 return inner(*args)
 
         with pytest.MonkeyPatch.context() as patch:

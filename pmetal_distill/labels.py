@@ -1,0 +1,3 @@
+"""What a label is: the id of the next token, or this where there is none."""
+
+IGNORE_INDEX = -100
