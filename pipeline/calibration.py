@@ -88,18 +88,13 @@ class Calibrator:
 
     def learn(self) -> "Coding | DriftMonitor":
         """What the whole data set shares: all there is to it, or for a sketch the judge of its stretches."""
-        from pmetal_distill.offline.capture import capture_hidden
-        from pmetal_distill.offline.writer import Sidecars
-        from schemas.codebook import Codebook
-
         if self.spec.tail == "sketch":
             return self.monitor()
         with_rank = self.hidden is not None and self.hidden.rank > 0
         sample = self._sample(
             self._sampled(self.settings.calibration_tokens if with_rank else CODEBOOK_TOKENS)
         )
-        captured = capture_hidden(sample.states, sample.logits_of, self.spec, chunk=sample.chunk)
-        return Coding(Sidecars(codebook=Codebook.fit(captured, self.spec), hidden_basis=self._hidden_basis))
+        return self.plain_coding(sample, self.spec)
 
     def monitor(self) -> "DriftMonitor":
         """The calibration of the whole data set, and the judge of its stretches."""
@@ -120,6 +115,14 @@ class Calibrator:
         """Rows of the whole data set to fit on and, of other documents, at most `most` to measure on."""
         return self._split(self._sampled(self.settings.calibration_tokens), most=most)
 
+    def plain_coding(self, sample: "Sample", spec: TargetSpec) -> Coding:
+        """What shards without a sketch are coded with."""
+        from pmetal_distill.offline.writer import Sidecars
+        from schemas.codebook import Codebook
+
+        codebook = Codebook.fit(sample.captured(spec, None), spec)
+        return Coding(Sidecars(codebook=codebook, hidden_basis=self._hidden_basis))
+
     def stretches(self) -> list[range]:
         """The shards of each stretch."""
         lengths = self.runner.dataset.sequence_lengths()
@@ -133,13 +136,13 @@ class Calibrator:
         per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences
         numbers = range(stretch.start * per_shard, min(stretch.stop * per_shard, count))
         if len(numbers) == count:
-            return self._coding(known, refitted=False)
+            return self.coding(known)
         chosen = self.judge(learned, numbers)
         refitted = chosen.basis is not known.basis
         if refitted:
             shards = f"shards {stretch.start} to {stretch.stop - 1}"
             self.console.note(f"{shards}: the text is unlike the sample, so they have a basis of their own")
-        return self._coding(chosen, refitted=refitted)
+        return self.coding(chosen, refitted=refitted)
 
     def judge(self, monitor: "DriftMonitor", sequences: range) -> "Calibration":
         """The calibration that a stretch uses, with the errors measured on its own text."""
@@ -161,7 +164,8 @@ class Calibrator:
         rows = SampledRows.of(self.runner.run(members, keep=True), total, most=JUDGED_TOKENS)
         return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
 
-    def _coding(self, calibration: "Calibration", *, refitted: bool) -> Coding:
+    def coding(self, calibration: "Calibration", *, refitted: bool = False) -> Coding:
+        """What shards with this calibration are coded with."""
         from pmetal_distill.offline.writer import Sidecars
 
         measured = {

@@ -14,19 +14,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.cache import describe, describe_cache, hidden_spec, read_data, target_spec, tokenizer_files
-from pipeline.calibration import HELD_BACK_TOKENS, Calibrator, Coding
+from pipeline.cache import describe, describe_cache, hidden_spec, read_data, target_spec
+from pipeline.calibration import CODEBOOK_TOKENS, HELD_BACK_TOKENS, Calibrator, Coding
 from pipeline.console import Console, table
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
-from pipeline.stage_one import CapturedBatch
+from pipeline.stage_one import queue_batch
 from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.errors import UsageError
+from schemas.manifest import Dataset
 from schemas.spec import Tail
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
-    from pmetal_distill.offline.calibrate import Sample
+    from pmetal_distill.offline.calibrate import Fitting
     from pmetal_distill.offline.fidelity import TargetError
 
 WRITTEN_TOKENS = 8192
@@ -99,30 +100,38 @@ class Planner:
     data: PackedDataset
     console: Console
     temperatures: tuple[float, ...] = TEMPERATURES
-    _samples: "tuple[Sample, Sample] | None" = None
-    _written: list[TeacherStates] = field(default_factory=list)
-    _forward_seconds: float = 0.0
+    _calibrator: Calibrator = field(init=False)
+    _fitting: "Fitting" = field(init=False)
+    _dataset: Dataset = field(init=False)
+    _written: list[TeacherStates] = field(default_factory=list, init=False)
+    _forward_seconds: float = field(default=0.0, init=False)
 
     def prepare(self) -> None:
         """Runs the teacher: over the calibration sample and over the sequences that are written."""
         import mlx.core as mx
 
-        runner = TeacherRunner(self.teacher, self.data, self.base.batch_size)
-        calibrator = Calibrator(
-            self.base, self.teacher, runner, target_spec(self.base, self.teacher.vocab_size), self.console
-        )
-        self._samples = calibrator.samples(most=HELD_BACK_TOKENS)
-        layers = hidden_spec(self.base, self.teacher)
-        writing = TeacherRunner(
-            self.teacher, self.data, self.base.batch_size, layers.layers if layers else ()
-        )
+        from pmetal_distill.offline.calibrate import Fitting
+
+        spec, hidden = target_spec(self.base, self.teacher.vocab_size), hidden_spec(self.base, self.teacher)
+        layers = hidden.layers if hidden else ()
+
+        def runner() -> TeacherRunner:
+            return TeacherRunner(self.teacher, self.data, self.base.batch_size, layers)
+
+        self._calibrator = Calibrator(self.base, self.teacher, runner(), spec, self.console, hidden)
+        self._fitting = Fitting(*self._calibrator.samples(most=HELD_BACK_TOKENS), self.teacher.head)
+        chosen = self.data.sample_sequences(WRITTEN_TOKENS, seed=self.base.seed).tolist()
         started = time.perf_counter()
-        for states in writing.sample(
-            self.data.sample_sequences(WRITTEN_TOKENS, seed=self.base.seed).tolist()
-        ):
+        for states in runner().sample(chosen):
             mx.eval(states.final, dict(states.layers))
             self._written.append(states)
         self._forward_seconds = time.perf_counter() - started
+        lengths = self.data.sequence_lengths()[chosen]
+        self._dataset = replace(
+            describe(self.base, self.teacher, self.data, spec, hidden, weights="a plan"),
+            num_sequences=len(lengths),
+            num_tokens=int(lengths.sum()),
+        )
 
     def row(self, settings: CacheSettings) -> dict[str, Any]:
         """Bytes, speed and errors of one setting."""
@@ -130,7 +139,6 @@ class Planner:
         coding, error = self._code(settings)
         learning = time.perf_counter() - started
         size, seconds = self._write(settings, coding)
-        tokens = sum(sum(states.batch.lengths) for states in self._written)
         sketch = settings.tail == "sketch"
         return {
             "tail": settings.tail,
@@ -141,80 +149,55 @@ class Planner:
             "hidden_bytes_per_token": size["hidden_bytes_per_token"],
             "sidecar_bytes": size["sidecar_bytes"],
             "calibration_seconds": learning,
-            "tokens_per_second": tokens / (self._forward_seconds + seconds),
+            "tokens_per_second": self._dataset.num_tokens / (self._forward_seconds + seconds),
             **{f"error@{t:g}": found.gradient for t, found in error.items()},
             **{f"kl@{t:g}": found.kl for t, found in error.items() if settings.tail != "none"},
         }
 
     def _code(self, settings: CacheSettings) -> "tuple[Coding, Mapping[float, TargetError]]":
-        from pmetal_distill.offline.calibrate import calibrate, measure
-        from pmetal_distill.offline.writer import Sidecars
-        from schemas.codebook import Codebook
+        from pmetal_distill.offline.calibrate import measure
         from schemas.codec import Codec
 
-        assert self._samples is not None
-        sample, held_back = self._samples
         spec = target_spec(settings, self.teacher.vocab_size)
-        if settings.tail != "sketch":
-            codebook = Codebook.fit(sample.thinned(HELD_BACK_TOKENS * 4).captured(spec, None), spec)
-            error = measure(held_back, Codec(spec, None, codebook), None, temperatures=self.temperatures)
-            return Coding(Sidecars(codebook=codebook)), error
-        found = calibrate(
-            sample,
-            held_back,
-            spec,
-            rank=settings.sketch_rank,
-            step=settings.sketch_step,
-            head=self.teacher.head,
-        )
-        error = dict(found.error)
+        error: dict[float, TargetError] = {}
+        if settings.tail == "sketch":
+            found = self._fitting.calibrate(spec, rank=settings.sketch_rank, step=settings.sketch_step)
+            coding, error = self._calibrator.coding(found), dict(found.error)
+        else:
+            coding = self._calibrator.plain_coding(self._fitting.sample.thinned(CODEBOOK_TOKENS), spec)
         if missing := tuple(t for t in self.temperatures if t not in error):
-            codec = Codec(spec, found.basis, found.codebook)
-            error = {**error, **measure(held_back, codec, found.map, temperatures=missing)}
-        wanted = {t: error[t] for t in self.temperatures}
-        return Coding(Sidecars(basis=found.basis, codebook=found.codebook), found.map), wanted
+            codec = Codec(spec, coding.sidecars.basis, coding.sidecars.codebook)
+            error |= measure(self._fitting.held_back, codec, coding.map, temperatures=missing)
+        return coding, {t: error[t] for t in self.temperatures}
 
     def _write(self, settings: CacheSettings, coding: Coding) -> tuple[dict[str, Any], float]:
         """A small cache of the sampled sequences: its size, and the seconds from states to shards."""
         from pmetal_distill.offline.writer import CacheWriter
 
         spec = target_spec(settings, self.teacher.vocab_size)
-        hidden = hidden_spec(settings, self.teacher)
-        whole = describe(settings, self.teacher, self.data, spec, hidden, weights="a plan")
-        dataset = replace(
-            whole,
-            num_sequences=sum(len(states.batch.lengths) for states in self._written),
-            num_tokens=sum(sum(states.batch.lengths) for states in self._written),
-        )
+        dataset, sidecars = replace(self._dataset, target=spec), coding.sidecars
         started = time.perf_counter()
-        found = [s for states in self._written for s in self._captured(settings, coding, states)]
+        found = [
+            sequence
+            for states in self._written
+            for sequence in queue_batch(
+                0, coding, states, self.teacher, spec, chunk=settings.head_chunk
+            ).sequences()
+        ]
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "cache"
-            files = tokenizer_files(self.teacher.tokenizer)
-            with CacheWriter.create_or_resume(place, dataset, files) as writer:
+            with CacheWriter.create_or_resume(place, dataset, {}, zstd_level=settings.zstd_level) as writer:
                 for shard in range(dataset.num_shards):
                     part = dataset.shard_range(shard)
-                    basis, codebook = coding.sidecars.basis, coding.sidecars.codebook
-                    sequences = found[part.start : part.stop]
-                    writer.write_shard(shard, sequences, basis=basis, codebook=codebook)
+                    writer.write_shard(
+                        shard,
+                        found[part.start : part.stop],
+                        basis=sidecars.basis,
+                        codebook=sidecars.codebook,
+                        hidden_basis=sidecars.hidden_basis,
+                    )
             seconds = time.perf_counter() - started
             return describe_cache(place), seconds
-
-    def _captured(self, settings: CacheSettings, coding: Coding, states: TeacherStates) -> Iterator[Any]:
-        import mlx.core as mx
-
-        from pmetal_distill.offline.capture import PendingCapture
-
-        capture = PendingCapture(
-            states.final,
-            self.teacher.logits if self.teacher.splits else lambda logits: logits,
-            target_spec(settings, self.teacher.vocab_size),
-            sketch=coding.map,
-            chunk=settings.head_chunk,
-            place=states.place,
-        )
-        layers = {index: layer.astype(mx.float32) for index, layer in states.layers.items()}
-        return CapturedBatch(0, coding, states, capture, layers).sequences()
 
 
 def run_plan(

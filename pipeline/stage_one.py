@@ -185,31 +185,37 @@ class StageOne:
             if coded is None or coded[0] != stretch:
                 coded = stretch, self._calibrator.of_stretch(learned, stretch)
             for states in self._runner.run(self._shard_range(shard)):
-                yield self._queue(shard, coded[1], states)
-
-    def _queue(self, shard: int, coding: Coding, states: TeacherStates) -> CapturedBatch:
-        import mlx.core as mx
-
-        from pmetal_distill.offline.capture import PendingCapture, on_gpu
-
-        layers = {index: found.astype(mx.float32) for index, found in states.layers.items()}
-        capture = PendingCapture(
-            states.final,
-            self.teacher.logits if self.teacher.splits else lambda logits: logits,
-            self.spec,
-            sketch=coding.map,
-            chunk=self.settings.head_chunk,
-            place=states.place,
-        )
-        if on_gpu():
-            mx.async_eval(layers)
-        return CapturedBatch(shard, coding, states, capture, layers)
+                yield queue_batch(
+                    shard, coded[1], states, self.teacher, self.spec, chunk=self.settings.head_chunk
+                )
 
     def _hand_over(self, batch: CapturedBatch, out: "BackgroundWriter", progress: Progress) -> None:
         for sequence in batch.sequences():
             out.add(sequence)
             self.tokens += len(sequence.token_ids)
             progress.advance(len(sequence.token_ids))
+
+
+def queue_batch(
+    shard: int, coding: Coding, states: TeacherStates, teacher: "LoadedModel", spec: TargetSpec, *, chunk: int
+) -> CapturedBatch:
+    """Asks for the targets of a batch; a GPU begins with them."""
+    import mlx.core as mx
+
+    from pmetal_distill.offline.capture import PendingCapture, on_gpu
+
+    layers = {index: found.astype(mx.float32) for index, found in states.layers.items()}
+    capture = PendingCapture(
+        states.final,
+        teacher.logits if teacher.splits else lambda logits: logits,
+        spec,
+        sketch=coding.map,
+        chunk=chunk,
+        place=states.place,
+    )
+    if on_gpu():
+        mx.async_eval(layers)
+    return CapturedBatch(shard, coding, states, capture, layers)
 
 
 def own_first(shards: Sequence[int], rank: int, world_size: int) -> list[int]:

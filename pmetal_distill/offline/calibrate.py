@@ -6,7 +6,7 @@ there; the products of the fit stay in NumPy's float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -154,15 +154,45 @@ def calibrate(
         UsageError: too few tokens for the rank.
         NonFiniteError: NaN or infinity in the sample.
     """
-    if not len(sample) or not len(held_back):
-        raise UsageError(
-            f"calibration: there must be tokens to fit and to measure on, found {len(sample)} and "
-            f"{len(held_back)}; give more text"
-        )
-    moments = None
-    if head is not None and head.softcap is None:
-        moments = sum_moments(sample)
-    return _finish(sample, held_back, spec, fit_sketch(moments, sample, head, rank), moments, step=step)
+    return Fitting(sample, held_back, head).calibrate(spec, rank=rank, step=step)
+
+
+@dataclass(slots=True, eq=False)
+class Fitting:
+    """What calibrations on the same tokens share: moments, and a fit for each rank. Costs memory for both.
+
+    Args:
+        sample, held_back, head: as in `calibrate`.
+
+    Raises:
+        UsageError: no tokens.
+        NonFiniteError: NaN or infinity in the sample.
+    """
+
+    sample: Sample
+    held_back: Sample
+    head: LinearWeights | None = None
+    _moments: Moments | None = field(default=None, init=False)
+    _fitted: dict[int, FittedSketch] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.sample) or not len(self.held_back):
+            raise UsageError(
+                f"calibration: there must be tokens to fit and to measure on, found {len(self.sample)} and "
+                f"{len(self.held_back)}; give more text"
+            )
+        if self.head is not None and self.head.softcap is None:
+            self._moments = sum_moments(self.sample)
+
+    def calibrate(self, spec: TargetSpec, *, rank: int, step: float) -> Calibration:
+        """As the function; fits each rank once.
+
+        Raises:
+            UsageError: too few tokens for the rank.
+        """
+        if rank not in self._fitted:
+            self._fitted[rank] = fit_sketch(self._moments, self.sample, self.head, rank)
+        return _finish(self.sample, self.held_back, spec, self._fitted[rank], self._moments, step=step)
 
 
 def sum_moments(sample: Sample) -> Moments:

@@ -44,6 +44,14 @@ def test_the_chosen_command_makes_the_cache_that_was_planned(planned: Any, cli: 
         )
 
 
+def test_hidden_states_are_counted(planned: Any, cli: Cli, tmp_path: Path) -> None:
+    words = ("--tail", "bucket", "--hidden-layers", "1,-1", "--hidden-rank", 8, "--target-error", 10)
+    plan = planned(*words, "--json").json
+    made = cli(*shlex.split(plan["command"])[1:], "--json").json
+    assert made["hidden_bytes_per_token"] > 0
+    assert plan["chosen"]["hidden_bytes_per_token"] == pytest.approx(made["hidden_bytes_per_token"], rel=0.05)
+
+
 def test_what_cannot_be_reached_is_said(planned: Any) -> None:
     got = planned("--target-error", 1e-9)
     assert got.code == 1
