@@ -168,13 +168,8 @@ class Calibrator:
         """What shards with this calibration are coded with."""
         from pmetal_distill.offline.writer import Sidecars
 
-        measured = {
-            f"{name}@{temperature:g}": getattr(error, name)
-            for temperature, error in calibration.error.items()
-            for name in ("gradient", "kl", "total_variation")
-        }
         sidecars = Sidecars(calibration.basis, calibration.codebook, self._hidden_basis)
-        return Coding(sidecars, calibration.map, {**measured, "refitted": float(refitted)})
+        return Coding(sidecars, calibration.map, {**calibration.measured(), "refitted": float(refitted)})
 
     def _sampled(self, num_tokens: int) -> "SampledRows":
         """Rows of the whole data set, evenly spread; the basis of hidden states is fitted on the way."""
@@ -214,9 +209,7 @@ class Calibrator:
 
     def _split(self, rows: "SampledRows", *, most: int) -> tuple["Sample", "Sample"]:
         """Rows to fit on and, of other documents, at most `most` rows to measure on."""
-        apart = np.isin(rows.documents, np.unique(rows.documents)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
-        if not apart.any():  # too few documents to set one apart: the end of the sample is the next best
-            apart = np.arange(len(rows)) >= len(rows) - len(rows) // HELD_BACK_SHARE
+        apart = held_apart(rows.documents)
         return self._sample(rows[~apart]), self._sample(rows[apart]).thinned(most)
 
     def _sample(self, rows: "SampledRows") -> "Sample":
@@ -226,6 +219,19 @@ class Calibrator:
             return self.teacher.logits(states.astype(rows.dtype)) if self.teacher.splits else states
 
         return Sample(rows.states, logits_of, self.settings.head_chunk, token_ids=rows.token_ids)
+
+
+def held_apart(groups: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Which rows to measure on: those of every eighth group of rows that belong together.
+
+    Args:
+        groups: [n], the document or sequence of each row.
+    """
+    apart = np.isin(groups, np.unique(groups)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
+    if apart.any():
+        return apart
+    # Too few to set one apart: the end of the sample is the next best.
+    return np.arange(len(groups)) >= len(groups) - len(groups) // HELD_BACK_SHARE
 
 
 def cut_stretches(lengths: NDArray[np.int64], sequences_per_shard: int, *, tokens: int) -> list[range]:

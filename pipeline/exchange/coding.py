@@ -3,44 +3,25 @@
 Costs a second look at some rows; of dense logits at most `SAMPLE_BYTES` are in memory at once.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.calibration import CODEBOOK_TOKENS, HELD_BACK_SHARE, HELD_BACK_TOKENS
+from pipeline.calibration import CODEBOOK_TOKENS, HELD_BACK_TOKENS, Coding, held_apart
 from pipeline.console import Console
 from pipeline.exchange.plan import Plan
 from pipeline.exchange.sequences import Heads, Logits, Source
 from pipeline.exchange.settings import ImportSettings
 from pipeline.exchange.survey import Survey
 from pipeline.exchange.targets import head_targets
-from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
 
 if TYPE_CHECKING:
     from pmetal_distill.offline.calibrate import Sample
-    from pmetal_distill.offline.capture import CoordinateMap
 
 SAMPLE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Coding:
-    """What all shards of an import are coded with.
-
-    Attributes:
-        codebook, basis: sidecars.
-        map: makes sketch coordinates of logits.
-        measured: errors of the sketch, for the commit records.
-    """
-
-    codebook: Codebook
-    basis: SketchBasis | None = None
-    map: "CoordinateMap | None" = None
-    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 def learn(settings: ImportSettings, source: Source, survey: Survey, plan: Plan, console: Console) -> Coding:
@@ -50,11 +31,12 @@ def learn(settings: ImportSettings, source: Source, survey: Survey, plan: Plan, 
         UsageError: fewer rows than the sketch's rank.
         NonFiniteError: NaN or infinity in the sample.
     """
+    from pmetal_distill.offline.writer import Sidecars
+
     spec = plan.spec
     if settings.format != "dense":
-        return Coding(
-            Codebook.fit(head_targets(_long_enough(survey.sample.heads(), spec.k, plan), spec)[0], spec)
-        )
+        heads = _long_enough(survey.sample.heads(), spec.k, plan)
+        return Coding(Sidecars(codebook=Codebook.fit(head_targets(heads, spec)[0], spec)))
     from pmetal_distill.offline.calibrate import calibrate
     from pmetal_distill.offline.capture import capture
 
@@ -62,19 +44,14 @@ def learn(settings: ImportSettings, source: Source, survey: Survey, plan: Plan, 
     possible = SAMPLE_BYTES // (4 * spec.vocab_size)
     rows = sample_rows(source, survey, min(wanted, possible))
     if spec.tail != "sketch":
-        return Coding(Codebook.fit(capture(rows.logits, spec), spec))
+        return Coding(Sidecars(codebook=Codebook.fit(capture(rows.logits, spec), spec)))
     if possible < min(wanted, survey.num_targets):
         console.note(
             f"calibrating on {len(rows.logits):,} positions, which is what {SAMPLE_BYTES >> 30} GiB hold"
         )
     sample, held_back = _split(rows)
     found = calibrate(sample, held_back, spec, rank=settings.sketch_rank, step=settings.sketch_step)
-    measured = {
-        f"{name}@{temperature:g}": getattr(error, name)
-        for temperature, error in found.error.items()
-        for name in ("gradient", "kl", "total_variation")
-    }
-    return Coding(found.codebook, found.basis, found.map, measured)
+    return Coding(Sidecars(found.basis, found.codebook), found.map, found.measured())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,10 +95,7 @@ def _split(rows: SampledLogits) -> tuple["Sample", "Sample"]:
     """Rows to fit on and, of other sequences where there are several, rows to measure on."""
     from pmetal_distill.offline.calibrate import Sample
 
-    apart = np.isin(rows.sequences, np.unique(rows.sequences)[HELD_BACK_SHARE - 1 :: HELD_BACK_SHARE])
-    if not apart.any():
-        count = len(rows.logits)
-        apart = np.arange(count) >= count - count // HELD_BACK_SHARE
+    apart = held_apart(rows.sequences)
 
     def sample(part: SampledLogits) -> "Sample":
         return Sample(part.logits, lambda logits: logits, token_ids=part.token_ids)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.cache import ROWS_PER_GROUP, describe_cache, refuse_used_folder, tokenizer_files
+from pipeline.calibration import Coding
 from pipeline.console import Console, Progress
 from pipeline.exchange import UNVERIFIED
 from pipeline.exchange.alignment import Alignment
-from pipeline.exchange.coding import Coding, learn
+from pipeline.exchange.coding import learn
 from pipeline.exchange.opening import open_source
 from pipeline.exchange.plan import Plan, make_plan
 from pipeline.exchange.sequences import Heads, Logits, Source, SourceSequence
@@ -185,8 +186,8 @@ class Import:
                 self.writer.write_shard(
                     shard,
                     self._shard(numbers, stream, coding, progress, measured),
-                    basis=coding.basis,
-                    codebook=coding.codebook,
+                    basis=coding.sidecars.basis,
+                    codebook=coding.sidecars.codebook,
                     measured=measured,
                 )
         self.seconds = time.perf_counter() - started

@@ -131,6 +131,14 @@ class Calibration:
     moments: Moments | None
     tail: TailBasis | None = None
 
+    def measured(self) -> dict[str, float]:
+        """The errors by name, as commit records hold them."""
+        return {
+            f"{name}@{temperature:g}": getattr(error, name)
+            for temperature, error in self.error.items()
+            for name in ("gradient", "kl", "total_variation")
+        }
+
 
 def calibrate(
     sample: Sample,
