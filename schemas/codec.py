@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas.arrays import Bool, Float32, Int32, TargetArrays, TokenRows
 from schemas.basis import SketchBasis
 from schemas.codebook import Codebook, plain_predictor, predict_node
+from schemas.coordinates import decode_coordinates, encode_coordinates
 from schemas.errors import CorruptionError, IncompatibleError, NonFiniteError
 from schemas.grid import (
     TOP_STEP,
@@ -24,15 +25,12 @@ from schemas.grid import (
 )
 from schemas.layout import (
     MAX_GROUP_BYTES,
-    group_columns,
     id_planes,
     needed_columns,
     row_bytes,
     target_schema,
 )
-from schemas.packing import largest_byte, pack_group, unpack_group
 from schemas.planes import Planes, from_column, join_planes, split_planes, to_column
-from schemas.predictor import SUBSTEPS
 from schemas.spec import TargetSpec
 
 CURVE_BIAS = 128
@@ -150,7 +148,9 @@ def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Tab
         curve, clipped_curve = quantize_curve(_zero_rows(targets, mask), steps, spec)
         columns |= _pair("crv", masked_zero(_curve_residuals(curve, codec), mask))
     if codec.basis:
-        packed, clipped_coordinates = _encode_sketch(targets, rows, codec.basis)
+        coordinates = _trained(targets.coordinates, mask)
+        head_ids = masked_zero(targets.head_ids, mask)
+        packed, clipped_coordinates = encode_coordinates(coordinates, rows, head_ids, codec.basis)
         columns |= packed
     table = _to_table(columns, rows, codec.schema)
     return table, Saturation(int(mask.sum()), clipped_logprobs, clipped_curve, clipped_coordinates)
@@ -190,7 +190,9 @@ def decode(
         top = -TOP_STEP * _joined(planes, "top")[:, 0].astype(np.float32)
     else:
         top = top_logprob(relative, curve[:, spec.curve_nodes.index(1.0)])
-    coordinates = _decode_sketch(planes, codec, rank, token_ids=rows.token_ids, head_ids=head_ids)
+    coordinates = np.empty((len(rows), 0), np.float32)
+    if codec.basis and rank:
+        coordinates = decode_coordinates(planes, codec.basis, rank, rows.token_ids, head_ids)
     targets = TargetArrays(head_ids, relative + top[:, None], curve, coordinates)
     targets = truncate_head(targets, spec, kept)
     masked = np.flatnonzero(~mask)
@@ -256,27 +258,6 @@ def _curve_residuals(curve: Int32, codec: Codec) -> Int32:
     return (curve - np.stack(predicted, axis=1) + CURVE_BIAS).astype(np.int32)
 
 
-def _encode_sketch(
-    targets: TargetArrays, rows: TokenRows, basis: SketchBasis
-) -> tuple[dict[str, Planes], int]:
-    mask = rows.loss_mask
-    quantized = _trained(targets.coordinates, mask) / np.float64(basis.step)
-    if (tables := basis.tables(basis.rank)) is not None:
-        head_ids = masked_zero(targets.head_ids, mask)
-        for block, sums in tables.sums(rows.token_ids, head_ids):
-            quantized[block] -= sums * (mask[block, None] / SUBSTEPS)
-    np.rint(quantized, out=quantized)
-    columns: dict[str, Planes] = {}
-    clipped = 0
-    for index, group in enumerate(basis.groups):
-        values = quantized[:, group.start : group.stop]
-        clipped += int((np.abs(values) > group.largest).sum())
-        inside = np.clip(values, -group.largest, group.largest).astype(np.int32)
-        names = group_columns(index, group.levels)
-        columns |= dict(zip(names, pack_group(inside, group.levels), strict=True))
-    return columns, clipped
-
-
 def _to_table(columns: dict[str, Planes], rows: TokenRows, schema: pa.Schema) -> pa.Table:
     arrays = {name: to_column(plane) for name, plane in columns.items()}
     arrays["seq"] = pa.array(rows.sequences, pa.int32())
@@ -331,23 +312,3 @@ def _decode_head(planes: dict[str, Planes], codec: Codec) -> tuple[Float32, Floa
         value = predict_node(curve, node, predictor) + residuals[:, node]
         curve[:, node] = value.astype(np.int16)
     return relative, curve * np.float32(spec.curve_step)
-
-
-def _decode_sketch(
-    planes: dict[str, Planes], codec: Codec, rank: int, *, token_ids: Int32, head_ids: Int32
-) -> Float32:
-    coordinates = np.empty((len(token_ids), rank), np.float32)
-    if codec.basis is None or rank == 0:
-        return coordinates
-    for index, group in enumerate(codec.basis.groups):
-        if group.start < rank:
-            names = group_columns(index, group.levels)
-            if planes[names[0]].max(initial=0) > largest_byte(group.levels):
-                raise CorruptionError(f"decode: bytes of '{names[0]}' must be digits of base {group.levels}")
-            out = coordinates[:, group.start : min(group.stop, rank)]
-            unpack_group([planes[name] for name in names], group, out, step=codec.basis.step)
-    if (tables := codec.basis.tables(rank)) is not None:
-        unit = np.float32(codec.basis.step / SUBSTEPS)
-        for block, sums in tables.sums(token_ids, head_ids):
-            coordinates[block] += sums * unit
-    return coordinates

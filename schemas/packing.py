@@ -4,6 +4,7 @@ zstd's Huffman coder spends at least one bit a symbol, so coordinates that are m
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +25,29 @@ def largest_byte(levels: int) -> int:
     return 255 if levels == 65536 else levels ** DIGITS_PER_BYTE[levels] - 1
 
 
-def pack_group(values: npt.NDArray[np.int32], levels: int) -> list[Planes]:
-    """Byte planes of integers [n, width] within +-(levels // 2).
+def num_planes(levels: int) -> int:
+    """Byte planes that values of so many levels take."""
+    return 2 if levels == 65536 else 1
+
+
+def pack_group(values: npt.NDArray[Any], levels: int, out: list[Planes]) -> None:
+    """Byte planes of whole numbers [n, width] within +-(levels // 2), written into `out`.
 
     Digit i of a byte is `value mod levels` times `levels ** i`; 65536 levels are two planes, low bytes first.
     Zeros give zero bytes.
     """
     if levels == 65536:
-        return [values.astype(np.uint8), (values >> 8).astype(np.uint8)]
+        whole = values.astype(np.int32)
+        np.copyto(out[0], whole, casting="unsafe")
+        np.copyto(out[1], whole >> 8, casting="unsafe")
+        return
+    signed = values.astype(np.int8)
+    digits = signed.view(np.uint8) + ((signed >> 7).view(np.uint8) & np.uint8(levels))
     per_byte = DIGITS_PER_BYTE[levels]
-    digits = np.pad(values % levels, ((0, 0), (0, -values.shape[1] % per_byte)))
-    digits = digits.reshape(len(values), -1, per_byte)
-    return [(digits @ levels ** np.arange(per_byte)).astype(np.uint8)]
+    np.copyto(out[0], digits[:, ::per_byte])
+    for i in range(1, per_byte):
+        column = digits[:, i::per_byte]
+        out[0][:, : column.shape[1]] += column * np.uint8(levels**i)
 
 
 def unpack_group(

@@ -14,7 +14,7 @@ from schemas.codec import Codec, decode, encode
 from schemas.errors import CorruptionError, IncompatibleError, NonFiniteError
 from schemas.grid import TOP_STEP, truncate_head
 from schemas.layout import parquet_options
-from schemas.packing import pack_group, unpack_group
+from schemas.packing import group_width, num_planes, pack_group, unpack_group
 from schemas.spec import TargetSpec
 
 SPECS = {
@@ -182,7 +182,8 @@ def test_packing_holds_every_value(levels, width):
     largest = group.largest
     values = np.random.default_rng(0).integers(-largest, largest + 1, (400, width)).astype(np.int32)
     values[0], values[1], values[2] = largest, -largest, 0
-    planes = pack_group(values, levels)
+    planes = [np.empty((400, group_width(group)), np.uint8) for _ in range(num_planes(levels))]
+    pack_group(values, levels, planes)
     assert not any(p[2].any() for p in planes)
     for kept in range(1, width + 1):
         out = np.empty((400, kept), np.float32)
