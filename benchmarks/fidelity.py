@@ -1,9 +1,7 @@
 """Fidelity of every kind of target against the bytes it takes, on real text and with an honest split.
 
-The figure is the relative error (Frobenius, over all evaluation tokens) of the LM-head gradient of forward
-KL, || sum_n s_n (p^_n - p_n)' || / || sum_n s_n (q_n - p_n)' ||, s and q the hidden states and distribution
-of a student (the teacher without a fifth of its layers), p the teacher, p^ the target as read from a shard.
-It is taken along 128 random directions of s: the same ones above and below. Bytes are those of the files
+The figure is the relative error of the LM-head gradient of forward KL as in gradients.py, of a student that
+is the teacher without a fifth of its layers, with targets as read from a shard. Bytes are those of the files
 that the cache writer makes, input ids included, sidecars apart. Calibration, refit and evaluation use
 different documents. About 10 minutes on two cores.
 
@@ -12,6 +10,7 @@ different documents. About 10 minutes on two cores.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pmetal_distill  # noqa: F401  (preloads OpenBLAS)
 
 # isort: split
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.gradients import CHUNK, TEMPERATURES, Chunk, Text, bucketed, measure_errors
 from pipeline.demo import demo_teacher
 from pipeline.demo_text import demo_documents
 from pmetal_distill.models import LoadedModel, load_model
@@ -41,23 +43,8 @@ from schemas.manifest import FINGERPRINT_PARTS, Dataset
 from schemas.spec import TargetSpec
 from schemas.tail import tail_logits
 
-WINDOW, LONGEST_DOCUMENT, CHUNK, DIRECTIONS = 512, 2048, 128, 128
-TEMPERATURES = (1.0, 2.0, 4.0)
+WINDOW, LONGEST_DOCUMENT = 512, 2048
 SIZES = ((256, 80.0), (256, 60.0), (384, 45.0))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """Tokens of some documents, cut into windows, and what the models make of them."""
-
-    windows: list[np.ndarray]
-    states: np.ndarray
-    student: np.ndarray
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        """int32 [n]."""
-        return np.concatenate(self.windows)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,10 +54,19 @@ class Row:
     name: str
     codec: Codec
     calibration: Calibration | None
-    wrong: dict[float, np.ndarray] = field(default_factory=dict)
     captured: list[TargetArrays] = field(default_factory=list)
-    estimate: dict[float, np.ndarray] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+
+    def rebuilt(self, chunk: Chunk) -> Iterator[tuple[float, np.ndarray]]:
+        """Captures a chunk; what a reader will make of it."""
+        self.captured.append(self.capture(chunk.logits, chunk.states))
+        stored = as_stored(self.captured[-1], self.codec, chunk.token_ids)
+        return rebuilt(self.codec, stored, chunk.guessed)
+
+    def capture(self, logits: np.ndarray, states: np.ndarray) -> TargetArrays:
+        """Targets of rows of logits."""
+        made = self.calibration.map if self.calibration else None
+        return capture(logits, self.codec.spec, hidden=states, sketch=made)
 
 
 def read(name: str, model: LoadedModel, *, seed: int) -> list[np.ndarray]:
@@ -103,58 +99,13 @@ def sample(text: Text, teacher: LoadedModel, part: slice = slice(None)) -> Sampl
     return Sample(text.states[part], teacher.logits, CHUNK, text.token_ids[part])
 
 
-def softmax(rows: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of rows of logits."""
-    shifted = (rows - rows.max(axis=1, keepdims=True)) * np.float32(1 / temperature)
-    np.exp(shifted, out=shifted)
-    return shifted / shifted.sum(axis=1, keepdims=True)
-
-
 def evaluate(rows: Sequence[Row], text: Text, teacher: LoadedModel, student: LoadedModel) -> list[Row]:
     """Fills in bytes and errors of all rows on one text."""
-    rng = np.random.default_rng(7)
-    directions = rng.standard_normal((text.student.shape[1], DIRECTIONS)).astype(np.float32)
-    right = {t: np.zeros((DIRECTIONS, teacher.vocab_size), np.float32) for t in TEMPERATURES}
-    meant = {t: np.zeros_like(right[t]) for t in TEMPERATURES}
-    mean = {t: np.zeros(teacher.vocab_size) for t in TEMPERATURES}
-    mean_state = np.zeros(DIRECTIONS)
+    measure_errors(rows, text, teacher, student)
     for row in rows:
-        row.wrong = {t: np.zeros_like(right[t]) for t in TEMPERATURES}
-        row.estimate = {t: np.zeros_like(right[t]) for t in TEMPERATURES}
-    for start in range(0, len(text.states), CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = as_numpy(teacher.logits(mx.array(text.states[part])))
-        guess = as_numpy(student.logits(mx.array(text.student[part])))
-        exact = {t: softmax(logits, t) for t in TEMPERATURES}
-        guessed = {t: softmax(guess, t) for t in TEMPERATURES}
-        along, ahead = (text.student[part] @ directions).T, (text.states[part] @ directions).T
-        mean_state += ahead.sum(axis=1)
-        for t in TEMPERATURES:
-            right[t] += along @ (guessed[t] - exact[t])
-            meant[t] += ahead @ exact[t]
-            mean[t] += exact[t].sum(axis=0)
-        for row in rows:
-            stored = capture_row(row, logits, text.states[part], text.token_ids[part])
-            for t, found in rebuilt(row.codec, stored, guessed):
-                found -= exact[t]
-                row.wrong[t] += along @ found
-                row.estimate[t] += ahead @ found
-    for row in rows:
-        for t in TEMPERATURES:
-            centred = meant[t] - np.outer(mean_state, mean[t] / len(text.states))
-            row.result[f"gradient@{t:g}"] = float(np.linalg.norm(row.wrong[t]) / np.linalg.norm(right[t]))
-            row.result[f"estimate@{t:g}"] = float(np.linalg.norm(row.estimate[t]) / np.linalg.norm(centred))
         row.result |= written_bytes(row, text)
-        row.wrong, row.estimate, row.captured = {}, {}, []
+        row.captured = []
     return list(rows)
-
-
-def capture_row(row: Row, logits: np.ndarray, hidden: np.ndarray, token_ids: np.ndarray) -> TargetArrays:
-    """Captures a chunk for one row of the table; what a reader will get of it."""
-    made = row.calibration.map if row.calibration else None
-    captured = capture(logits, row.codec.spec, hidden=hidden, sketch=made)
-    row.captured.append(captured)
-    return as_stored(captured, row.codec, token_ids)
 
 
 def rebuilt(
@@ -165,10 +116,7 @@ def rebuilt(
     for t in TEMPERATURES:
         if codec.spec.tail == "bucket":
             head, mass = head_logprobs(stored, codec.spec, temperature=t)
-            found = guessed[t].copy()
-            np.put_along_axis(found, stored.head_ids, 0, axis=1)
-            found *= (np.exp(mass) / found.sum(axis=1, dtype=np.float64)).astype(np.float32)[:, None]
-            np.put_along_axis(found, stored.head_ids, np.exp(head).astype(np.float32), axis=1)
+            found = bucketed(stored.head_ids, np.exp(head), np.exp(mass), guessed[t])
         else:
             found = np.exp(
                 reconstruct_logprobs(stored, codec.spec, temperature=t, basis=codec.basis, tail=tail)
@@ -178,19 +126,24 @@ def rebuilt(
 
 def written_bytes(row: Row, text: Text) -> dict[str, float]:
     """Bytes a token of the shards that the cache writer makes, and of the sidecars."""
-    windows, codec = text.windows, row.codec
-    targets = TargetArrays.concatenate(row.captured)
+    tokens = sum(map(len, text.windows))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "cache"
+        shard = write_cache(folder, row.codec, text.windows, TargetArrays.concatenate(row.captured))
+        sidecars = sum(path.stat().st_size for path in (folder / "bases").iterdir())
+    return {"bytes": shard / tokens, "sidecar_mb": sidecars / 1e6}
+
+
+def write_cache(folder: Path, codec: Codec, windows: list[np.ndarray], targets: TargetArrays) -> int:
+    """A cache of one shard; its bytes."""
     fingerprint = dict.fromkeys(FINGERPRINT_PARTS, "benchmark")
     tokens = sum(map(len, windows))
     dataset = Dataset(fingerprint, codec.spec, len(windows), tokens, len(windows), WINDOW, 4096, None)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "cache"
-        with CacheWriter.create_or_resume(folder, dataset, {"tokenizer.json": b"{}"}) as writer:
-            record = writer.write_shard(
-                0, sequences(windows, targets), basis=codec.basis, codebook=codec.codebook
-            )
-        sidecars = sum(path.stat().st_size for path in (folder / "bases").iterdir())
-    return {"bytes": record.targets.num_bytes / tokens, "sidecar_mb": sidecars / 1e6}
+    with CacheWriter.create_or_resume(folder, dataset, {"tokenizer.json": b"{}"}) as writer:
+        record = writer.write_shard(
+            0, sequences(windows, targets), basis=codec.basis, codebook=codec.codebook
+        )
+    return record.targets.num_bytes
 
 
 def sequences(windows: list[np.ndarray], targets: TargetArrays) -> Iterator[CapturedSequence]:
@@ -266,9 +219,7 @@ def main() -> None:
     started = time.perf_counter()
     teacher = load_model(args.teacher or demo_teacher())
     with tempfile.TemporaryDirectory() as scratch:
-        cut = round(teacher.num_layers * 2 / 3)
-        keep = [i for i in range(teacher.num_layers) if not cut <= i < cut + teacher.num_layers // 5]
-        student = load_model(init_student(teacher, keep_layers=keep, out=Path(scratch) / "student"))
+        student = short_student(teacher, Path(scratch) / "student")
         tables = {}
         for title, rows in measure(teacher, student, args):
             tables[title] = rows
@@ -279,6 +230,13 @@ def main() -> None:
     if args.json:
         found = {title: [{"name": r.name, **r.result} for r in rows] for title, rows in tables.items()}
         Path(args.json).write_text(json.dumps({"seconds": seconds, "tables": found}, indent=2))
+
+
+def short_student(teacher: LoadedModel, folder: Path) -> LoadedModel:
+    """The teacher without a fifth of its layers."""
+    cut = round(teacher.num_layers * 2 / 3)
+    keep = [i for i in range(teacher.num_layers) if not cut <= i < cut + teacher.num_layers // 5]
+    return load_model(init_student(teacher, keep_layers=keep, out=folder))
 
 
 def measure(
