@@ -7,7 +7,8 @@
 `mlx_lm` is the compiled step of `mlx_lm.tuner.trainer`: `default_loss` and AdamW. `bucket` and `sketch` are
 steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
 mlx-lm does not do. All take turns, so that a busy machine slows all of them; the median round counts. `read`
-is the time to read and decode a batch without prefetching, as a share of the step.
+is the time to read and decode a batch without prefetching, as a share of the step. `peak MB` is what one step
+more takes at most beyond what it finds there (weights, optimizer), by MLX's count and Python's (NumPy).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -161,6 +163,20 @@ def median_seconds(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
+def peak_bytes(step: Step) -> int:
+    """What a step takes at most beyond what is there before it: MLX's arrays, and NumPy's."""
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    tracemalloc.start()
+    step()
+    mx.synchronize()
+    _, host = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return max(0, mx.get_peak_memory() - before) + host
+
+
 def report(name: str, size: Size, options: argparse.Namespace) -> None:
     """A table for one size."""
     dtype = getattr(mx, options.dtype)
@@ -171,12 +187,16 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
         for tail in TAILS:
             steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype)
         seconds = median_seconds(steps, options.rounds)
+        peaks = {step: peak_bytes(steps[step]) for step in steps}
     print(f"\n{name}, {size}, {options.dtype}")
-    print(f"{'step':10}{'seconds':>9}{'of mlx_lm':>11}{'tokens/s':>10}{'read':>7}")
+    print(f"{'step':10}{'seconds':>9}{'of mlx_lm':>11}{'tokens/s':>10}{'peak MB':>9}{'read':>7}")
     for step, value in seconds.items():
         read = f"{reading[step] / value:7.1%}" if step in reading else ""
         rate = size.batch * size.length / value
-        print(f"{step:10}{value:9.4f}{value / seconds['mlx_lm']:11.2f}{rate:10.0f}{read}", flush=True)
+        print(
+            f"{step:10}{value:9.4f}{value / seconds['mlx_lm']:11.2f}{rate:10.0f}{peaks[step] / 1e6:9.0f}{read}",
+            flush=True,
+        )
 
 
 def main() -> None:
