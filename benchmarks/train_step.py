@@ -193,10 +193,8 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
     for step, value in seconds.items():
         read = f"{reading[step] / value:7.1%}" if step in reading else ""
         rate = size.batch * size.length / value
-        print(
-            f"{step:10}{value:9.4f}{value / seconds['mlx_lm']:11.2f}{rate:10.0f}{peaks[step] / 1e6:9.0f}{read}",
-            flush=True,
-        )
+        ratio, peak = value / seconds["mlx_lm"], peaks[step] / 1e6
+        print(f"{step:10}{value:9.4f}{ratio:11.2f}{rate:10.0f}{peak:9.0f}{read}", flush=True)
 
 
 def main() -> None:
