@@ -9,7 +9,13 @@ from pipeline.console import Console
 
 
 @click.command("demo")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder for everything that it makes.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left in the folder.")
 @click.option("--num-layers", default=10, show_default=True, help="Layers of the student.")
 @click.option("--iters", default=36, show_default=True, help="Training steps.")

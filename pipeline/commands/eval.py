@@ -19,7 +19,13 @@ from schemas.errors import UsageError
     type=click.Choice(["held-out", "all"]),
     help="Of the cache. By default those that the run held out of it, if any.",
 )
-@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="test",
+    show_default=True,
+    help="Which part of --data that has several.",
+)
 @click.option("--kind-feature", help="Column that names the kind of a document; by default its file does.")
 @click.option("--temperatures", type=FloatList(), default="1,2", show_default=True, help="Where KL is taken.")
 @click.option("--max-seq-len", default=512, show_default=True, help="Most tokens in a sequence.")

@@ -9,6 +9,11 @@ def described(text: str, *, aliases: tuple[str, ...] = ()) -> dict[str, Any]:
     return {"help": text, "aliases": aliases}
 
 
+def in_files_only(text: str) -> dict[str, Any]:
+    """Metadata of a key that is no option."""
+    return {"meaning": text}
+
+
 def check(holds: bool, name: str, must: str, found: object, do: str = "give another value") -> None:
     if not holds:
         raise UsageError(f"{name}: must be {must}, found {found!r}; {do}")

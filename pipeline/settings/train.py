@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pipeline.settings.checks import check, check_layers, check_whole, described
+from pipeline.settings.checks import check, check_layers, check_whole, described, in_files_only
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from schemas.errors import UsageError
 from schemas.spec import Tail
@@ -106,7 +106,10 @@ class TrainSettings:
     num_layers: int = field(
         default=-1, metadata=described("Train only so many of the last layers; -1 for all.")
     )
-    lora_parameters: LoraParameters = field(default_factory=LoraParameters)
+    lora_parameters: LoraParameters = field(
+        default_factory=LoraParameters,
+        metadata=in_files_only("Of the adapters, with fine_tune_type lora or dora."),
+    )
     resume_adapter_file: Path | None = field(
         default=None, metadata=described("Adapters to start from: an adapters.safetensors.")
     )
@@ -134,7 +137,12 @@ class TrainSettings:
     optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = field(
         default="adamw", metadata=described("Optimizer.")
     )
-    optimizer_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer_config: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict,
+        metadata=in_files_only(
+            "Arguments of mlx.optimizers, by optimizer, as in `adamw: {weight_decay: 0.01}`."
+        ),
+    )
     learning_rate: float = field(default=1e-5, metadata=described("Peak learning rate."))
     lr_schedule: Literal["constant", "cosine"] | LrSchedule = field(
         default="cosine", metadata=described("After the warm-up: constant, or cosine decay to a tenth.")

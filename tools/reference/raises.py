@@ -1,0 +1,196 @@
+"""Every error text that the packages can raise, out of their syntax trees.
+
+A text is the literal of an f-string with its values as `{name}`, or `…` where a value is longer. Where a
+message is put together by a helper from its arguments, the helper's callers give the texts.
+"""
+
+import ast
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from schemas import errors
+from tools.reference.sources import Function, Place, Sources, called, is_text
+
+CLASSES = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.PmetalError)
+}
+CLICK = {"fail": "BadParameter"}
+DEPTH = 3
+
+Piece = str | ast.expr
+Template = tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ErrorText:
+    """A message.
+
+    Attributes:
+        module: where it is raised, or where the helper that raises it is called.
+        error: the class.
+        text: its skeleton.
+    """
+
+    module: str
+    error: str
+    text: str
+
+
+class Collector:
+    """Finds the texts.
+
+    Args:
+        sources: the packages.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+
+    def texts(self) -> list[ErrorText]:
+        """All of them, sorted, each once."""
+        found: set[ErrorText] = set()
+        for places in list(self.sources.calls.values()):
+            for place in places:
+                assert isinstance(place.node, ast.Call)
+                if error := self.error_of(place):
+                    found |= set(self._texts_of(place, error))
+        return sorted(
+            text for text in found if any(letter.isalpha() for letter in text.text.replace("…", ""))
+        )
+
+    def _texts_of(self, place: Place, error: str) -> Iterator[ErrorText]:
+        assert isinstance(place.node, ast.Call)
+        for template in self.templates(place.node.args[0] if place.node.args else None, place):
+            for at, text in self.expanded(template, place, DEPTH):
+                yield ErrorText(at.module, self._given_class(at) or error, rendered(text))
+
+    def _given_class(self, call: Place) -> str:
+        """The class that a caller names with `error=`."""
+        words = call.node.keywords if isinstance(call.node, ast.Call) else []
+        names = [w.value.id for w in words if w.arg == "error" and isinstance(w.value, ast.Name)]
+        return next((name for name in names if name in CLASSES), "")
+
+    def error_of(self, place: Place) -> str:
+        """The error class that a call makes, or several; empty if it makes no error."""
+        call, function = place.node, place.function
+        assert isinstance(call, ast.Call)
+        name = called(call)
+        if name in CLASSES:
+            return name
+        if name == "fail" and function is not None and function.owner.endswith("List"):
+            return CLICK[name]
+        if name not in ("error", "_error") or function is None:
+            return ""
+        holder = function if name == "error" else self._constructor(function)
+        if holder is None or not holder.annotation("error").startswith("type["):
+            return ""
+        given = [holder.default("error")]
+        if name == "_error":
+            calls = [p.node for p in self.sources.calls[holder.owner] if isinstance(p.node, ast.Call)]
+            given += [holder.bound(call).get("error") for call in calls]
+        return " or ".join(sorted({v.id for v in given if isinstance(v, ast.Name) and v.id in CLASSES}))
+
+    def _constructor(self, function: Function) -> Function | None:
+        own = [f for f in self.sources.functions[function.module] if f.owner == function.owner]
+        return next((f for f in own if f.node.name == "__init__"), None)
+
+    def templates(self, node: ast.expr | None, place: Place) -> list[Template]:
+        """What an expression for a message may be."""
+        if node is None:
+            return []
+        if isinstance(node, ast.Constant):
+            return [(str(node.value),)]
+        if isinstance(node, ast.JoinedStr):
+            return self._joined([self._value(part, place) for part in node.values])
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self._joined([self.templates(node.left, place), self.templates(node.right, place)])
+        if isinstance(node, ast.IfExp):
+            return self.templates(node.body, place) + self.templates(node.orelse, place)
+        if isinstance(node, ast.Call) and (helper := self.sources.function(place.module, called(node))):
+            return self._returned(helper)
+        if isinstance(node, ast.Name):
+            return self._named(node, place)
+        return [(node,)]
+
+    def _joined(self, parts: list[list[Template]]) -> list[Template]:
+        return [tuple(itertools.chain(*choice)) for choice in itertools.product(*parts)]
+
+    def _value(self, part: ast.expr, place: Place) -> list[Template]:
+        if not isinstance(part, ast.FormattedValue):
+            return self.templates(part, place)
+        return self._named(part.value, place) if isinstance(part.value, ast.Name) else [(part.value,)]
+
+    def _returned(self, helper: Function) -> list[Template]:
+        inside = Place(helper.node, helper, helper.module)
+        returns = [node.value for node in ast.walk(helper.node) if isinstance(node, ast.Return)]
+        return [template for value in returns for template in self.templates(value, inside)]
+
+    def _named(self, node: ast.Name, place: Place) -> list[Template]:
+        """A variable: a constant of the module, or what the function has put into it, if that is text."""
+        if (constant := self.sources.constant(place.module, node.id)) is not None:
+            return [(constant,)]
+        if place.function is None or node.id in place.function.parameters:
+            return [(node,)]
+        values = [
+            child.value
+            for child in ast.walk(place.function.node)
+            if isinstance(child, ast.Assign) and node.id in [ast.unparse(t) for t in child.targets]
+        ]
+        choices = [choice for value in values for choice in _choices(value)]
+        if not choices or not all(is_text(value) or isinstance(value, ast.JoinedStr) for value in choices):
+            return [(node,)]
+        return [template for value in choices for template in self.templates(value, place)]
+
+    def expanded(self, template: Template, place: Place, depth: int) -> Iterator[tuple[Place, Template]]:
+        """A template, or what the callers of its function make of it where they give it words."""
+        function = place.function
+        holes = {p.id for p in template if isinstance(p, ast.Name)}
+        holes &= set(function.parameters) if function else set()
+        if function is None or not holes or depth == 0:
+            yield place, template
+            return
+        plain = True
+        for call in self.sources.calls_of(function):
+            assert isinstance(call.node, ast.Call)
+            given = {name: value for name, value in function.bound(call.node).items() if name in holes}
+            if any(_has_words(value) for value in given.values()):
+                plain = False
+                for filled in self._filled(template, given, call):
+                    yield from self.expanded(filled, call, depth - 1)
+        if plain:
+            yield place, template
+
+    def _filled(self, template: Template, given: dict[str, ast.expr], call: Place) -> list[Template]:
+        """The template with a call's words in its holes; other values stay as their names."""
+        parts: list[list[Template]] = []
+        for piece in template:
+            value = given.get(piece.id) if isinstance(piece, ast.Name) else None
+            if value is None:
+                parts.append([(piece,)])
+            elif isinstance(value, ast.Constant) and value.value is None:
+                parts.append([("None",)])
+            else:
+                parts.append(self.templates(value, call))
+        return self._joined(parts)
+
+
+def _choices(value: ast.expr) -> list[ast.expr]:
+    return [*_choices(value.body), *_choices(value.orelse)] if isinstance(value, ast.IfExp) else [value]
+
+
+def _has_words(value: ast.expr) -> bool:
+    return any(is_text(choice) or isinstance(choice, ast.JoinedStr) for choice in _choices(value))
+
+
+def rendered(template: Template) -> str:
+    """The skeleton in one line."""
+    text = "".join(piece if isinstance(piece, str) else _hole(piece) for piece in template)
+    return " ".join(text.split())
+
+
+def _hole(node: ast.expr) -> str:
+    text = ast.unparse(node).removeprefix("self.").lstrip("_")
+    return f"{{{text}}}" if isinstance(node, ast.Name | ast.Attribute) and "." not in text[1:] else "…"
