@@ -25,6 +25,7 @@ from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.parallel import World
 
 ROWS_PER_GROUP = 4096
 
@@ -45,12 +46,10 @@ def run_cache(
 
     Raises:
         UsageError: the output folder is in use, or the settings do not fit the teacher.
+        PeerLostError: a process with a share of the teacher is gone.
         FingerprintError: `--resume` into a cache of other inputs.
         DataError, ModelError, NonFiniteError, CacheError: as their names say; what was committed stays.
     """
-    from pmetal_distill.models import model_fingerprint
-    from pmetal_distill.offline.store import DATASET
-    from pmetal_distill.offline.writer import CacheWriter
     from pmetal_distill.parallel import World
 
     world = World.launched()
@@ -60,7 +59,22 @@ def run_cache(
         lambda: refuse_used_folder(settings.out, resume=settings.resume),
         otherwise=UsageError(f"{settings.out}: all processes must be able to take it, found one that is not"),
     )
-    teacher = teacher or _load_teacher(settings, console)
+    if settings.sharded:
+        from pmetal_distill.sharded import sharded_model
+
+        with sharded_model(settings.teacher, world, trust_remote_code=settings.trust_remote_code) as share:
+            return {} if share is None else _fill(settings, console, share, World())
+    return _fill(settings, console, teacher or _load_teacher(settings, console), world)
+
+
+def _fill(
+    settings: CacheSettings, console: Console, teacher: "LoadedModel", world: "World"
+) -> dict[str, Any]:
+    """The share of one process in a cache."""
+    from pmetal_distill.models import model_fingerprint
+    from pmetal_distill.offline.store import DATASET
+    from pmetal_distill.offline.writer import CacheWriter
+
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)

@@ -30,6 +30,7 @@ from pmetal_distill.modelling.fingerprints import (
 from pmetal_distill.modelling.folders import new_folder
 from pmetal_distill.modelling.heads import LinearHead
 from pmetal_distill.modelling.loaded import Hidden, LoadedModel
+from pmetal_distill.modelling.sharding import shard_model
 from schemas.errors import ModelError
 
 __all__ = [
@@ -78,28 +79,36 @@ def wrap_model(
     return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy)
 
 
-def load_model(path_or_repo: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    path_or_repo: str | Path, *, trust_remote_code: bool = False, group: mx.distributed.Group | None = None
+) -> LoadedModel:
     """Loads a model and takes it apart.
 
     Args:
         path_or_repo: an mlx-lm folder, a hub id "owner/name", or a llama-architecture .gguf file, which is
             converted once into `cache_home()`.
         trust_remote_code: whether Python code that comes with the model may run.
+        group: processes that each load a share of it; all of them must make the same calls.
 
     Raises:
-        ModelError: missing, not a model, of an unsupported kind, damaged, or without a tokenizer.
+        ModelError: missing, not a model, of an unsupported kind, damaged, without a tokenizer, or not to be
+            split over `group`.
     """
     source = str(path_or_repo)
     folder = locate_model(path_or_repo)
     config = _read_config(folder)
     _require_tokenizer_files(folder)
-    model, config = open_model(folder, source=source, trust_remote_code=trust_remote_code)
+    model, config = open_model(
+        folder, source=source, lazy=group is not None, trust_remote_code=trust_remote_code
+    )
+    if group is not None:
+        shard_model(model, config, group, source=source)
     tokenizer = load_tokenizer(
         folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
     )
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
+    mx.eval(model.parameters())
     return wrap_model(model, tokenizer, config, source=source, folder=folder)
 
 

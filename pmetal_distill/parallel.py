@@ -5,20 +5,22 @@ Without a launcher the world is one process and nothing is sent. A sum costs one
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from schemas.errors import PeerLostError
 
 # What mlx.launch sets for its back ends (ring, jaccl, nccl), and what mpirun sets.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+PART_BYTES = 32 << 20
 
 T = TypeVar("T")
 
@@ -77,12 +79,23 @@ class World:
         """
         if self.group is None:
             return gradients
-        scaled = tree_map(lambda g: g * self.size, gradients)
-        mx.eval(scaled)
+        summed: list[mx.array] = []
+        for part in _parts(list(dict(tree_flatten(gradients)).values())):
+            # Evaluated part by part: MLX's ring fails the first sum after a loss and waits for later ones.
+            total = self.sum(mx.concatenate([array.reshape(-1) for array in part]))
+            pieces = mx.split(total, list(accumulate(array.size for array in part))[:-1])
+            summed += [piece.reshape(array.shape) for array, piece in zip(part, pieces, strict=True)]
+        found = iter(summed)
+        return tree_map(lambda _: next(found), gradients)
+
+    def evaluate(self, *trees: Any) -> None:
+        """Evaluates arrays that sums over all processes lead to.
+
+        Raises:
+            PeerLostError: one of the others is gone.
+        """
         with _peers():
-            total = nn.average_gradients(scaled, self.group)
-            mx.eval(total)
-        return total
+            mx.eval(*trees)
 
     def all(self, holds: bool) -> bool:
         """Whether something holds in every process; also waits for all of them.
@@ -122,6 +135,20 @@ class World:
     def _count(self, holds: bool) -> int:
         """In how many processes it holds; alone, nothing is computed."""
         return int(holds) if self.group is None else int(self.sum(mx.array(int(holds))))
+
+
+def _parts(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """Arrays of one type in a row, of together at most `PART_BYTES` where there are several."""
+    part: list[mx.array] = []
+    num_bytes = 0
+    for array in arrays:
+        if part and (array.dtype != part[0].dtype or num_bytes + array.nbytes > PART_BYTES):
+            yield part
+            part, num_bytes = [], 0
+        part.append(array)
+        num_bytes += array.nbytes
+    if part:
+        yield part
 
 
 def _is_ring_of_one() -> bool:

@@ -70,6 +70,9 @@ class CacheSettings:
     head_chunk: int = field(default=256, metadata=described("Positions whose logits exist at once."))
     seed: int = field(default=0, metadata=described("Seed of the calibration sample."))
     resume: bool = field(default=False, metadata=described("Go on with an unfinished cache."))
+    sharded: bool = field(
+        default=False, metadata=described("Under mlx.launch: split the teacher over the processes.")
+    )
     trust_remote_code: bool = field(default=False, metadata=described("Run code that comes with the model."))
 
     def __post_init__(self) -> None:

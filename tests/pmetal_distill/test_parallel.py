@@ -75,3 +75,34 @@ except PeerLostError as error:
     assert dead.code == -9
     assert "--resume" in survivor.out, survivor.err
     assert survivor.code == 0
+
+
+def test_a_dead_peer_is_noticed_amid_many_sums(tmp_path: Path) -> None:
+    code = """
+import time
+from pmetal_distill import parallel
+from schemas.errors import PeerLostError
+parallel.PART_BYTES = 64
+world.all(True)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.5)
+try:
+    world.sum_gradients({str(n): mx.ones((8, 2)) for n in range(12)})
+except PeerLostError as error:
+    print(error)
+"""
+    survivor, _ = wait_ranks(start_ranks([write(tmp_path, code)], 2, tmp_path))
+    assert "--resume" in survivor.out, survivor.err
+
+
+def test_parts_of_gradients_add_up(tmp_path: Path) -> None:
+    code = """
+from pmetal_distill import parallel
+parallel.PART_BYTES = 40
+arrays = {str(n): mx.arange(n + 1.0) * (world.rank + 1) for n in range(9)}
+total = world.sum_gradients({"x": [arrays], "y": {}})
+print(json.dumps({name: array.tolist() for name, array in total["x"][0].items()}))
+"""
+    for end in run_ranks([write(tmp_path, code)], 2, tmp_path):
+        assert json.loads(end.out) == {str(n): [3.0 * i for i in range(n + 1)] for n in range(9)}
