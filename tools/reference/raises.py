@@ -19,6 +19,8 @@ CLASSES = {
 }
 CLICK = {"fail": "BadParameter"}
 DEPTH = 3
+SENTENCE = 10
+"""Letters that make what a helper returns part of a message, where less is a value in it."""
 
 Piece = str | ast.expr
 Template = tuple[Piece, ...]
@@ -48,6 +50,7 @@ class Collector:
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
+        self._entered: list[Function] = []
 
     def texts(self) -> list[ErrorText]:
         """All of them, sorted, each once."""
@@ -121,12 +124,24 @@ class Collector:
     def _value(self, part: ast.expr, place: Place) -> list[Template]:
         if not isinstance(part, ast.FormattedValue):
             return self.templates(part, place)
+        if isinstance(part.value, ast.Call) and (
+            helper := self.sources.function(place.module, called(part.value))
+        ):
+            returned = self._returned(helper)
+            if returned and all(_num_letters(template) >= SENTENCE for template in returned):
+                return returned
         return self._named(part.value, place) if isinstance(part.value, ast.Name) else [(part.value,)]
 
     def _returned(self, helper: Function) -> list[Template]:
+        """What a helper may return; nothing while that is being found already."""
+        if helper in self._entered:
+            return []
+        self._entered.append(helper)
         inside = Place(helper.node, helper, helper.module)
         returns = [node.value for node in ast.walk(helper.node) if isinstance(node, ast.Return)]
-        return [template for value in returns for template in self.templates(value, inside)]
+        found = [template for value in returns for template in self.templates(value, inside)]
+        self._entered.pop()
+        return found
 
     def _named(self, node: ast.Name, place: Place) -> list[Template]:
         """A variable: a constant of the module, or what the function has put into it, if that is text."""
@@ -175,6 +190,10 @@ class Collector:
             else:
                 parts.append(self.templates(value, call))
         return self._joined(parts)
+
+
+def _num_letters(template: Template) -> int:
+    return sum(letter.isalpha() for piece in template if isinstance(piece, str) for letter in piece)
 
 
 def _choices(value: ast.expr) -> list[ast.expr]:
