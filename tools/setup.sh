@@ -52,4 +52,4 @@ extras=dev
 [ "$extra" = cpu ] && [ "$(uname -s)" = Linux ] && provide_openblas
 rm -f .venv/.ready-*
 : >"$stamp"
-say "done"
+say "done; '. .venv/bin/activate' puts pmetal-pipeline and mlx_lm on your path"

@@ -22,9 +22,7 @@ from schemas.errors import UsageError
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test"]),
-    default="test",
-    show_default=True,
-    help="Which part of --data that has several.",
+    help="Which part of --data that has several; 'test' if not given. Other data is read as a whole.",
 )
 @click.option("--kind-feature", help="Column that names the kind of a document; by default its file does.")
 @click.option("--temperatures", type=FloatList(), default="1,2", show_default=True, help="Where KL is taken.")
@@ -89,6 +87,7 @@ def _eval_options(options: dict[str, Any]) -> Any:
 
 
 def _against_teacher(student: str, console: Console, options: dict[str, Any]) -> dict[str, Any]:
+    from pipeline.data import available_splits
     from pipeline.data.kinds import document_kinds
     from pipeline.eval_subject import load_subject
     from pipeline.evaluate import evaluate
@@ -97,8 +96,9 @@ def _against_teacher(student: str, console: Console, options: dict[str, Any]) ->
 
     trusting = options["trust_remote_code"]
     teacher = load_model(options["teacher"], trust_remote_code=trusting)
-    names = ("split", "max_seq_len", "mask_prompt")
-    dataset = packed_text(options["data"], teacher, **{name: options[name] for name in names})
+    data, names = options["data"], ("max_seq_len", "mask_prompt")
+    split = options["split"] or ("test" if available_splits(data) else "train")
+    dataset = packed_text(data, teacher, split=split, **{name: options[name] for name in names})
     kinds = document_kinds(dataset, feature=options["kind_feature"])
     subject = load_subject(student, trust_remote_code=trusting)
     return evaluate(teacher, subject, dataset, options=_eval_options(options), console=console, kinds=kinds)

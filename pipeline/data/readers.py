@@ -111,7 +111,7 @@ def _all_files(root: Path) -> list[Path]:
 
 def _no_files(root: Path, split: str) -> str:
     if root.is_file():
-        return f"{root}: a single file has no '{split}' split; give a folder with a {split}.jsonl"
+        return f"{root}: a single file has no '{split}' split; leave --split out, or give a folder with it"
     has = ", ".join(available_splits(root))
     if has:
         return f"{root}: must have a '{split}' file, found only {has}; add {split}.jsonl"

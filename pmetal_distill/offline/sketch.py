@@ -279,7 +279,8 @@ def _roots(gram: Float64) -> tuple[Float64, Float64]:
 def _check_rank(rank: int, *, tokens: float, largest: int, what: str) -> None:
     if rank > largest:
         raise UsageError(
-            f"sketch rank: must be at most {largest}, {what} of this teacher, found {rank}; choose less"
+            f"sketch rank: must be at most {largest}, {what} of this teacher, found {rank}; "
+            "give a smaller --sketch-rank"
         )
     if tokens < rank:
         raise UsageError(

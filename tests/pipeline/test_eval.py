@@ -109,6 +109,18 @@ def test_figures_by_position_and_kind_are_those_of_the_slow_path(
         assert got.json[error] == pytest.approx(gaps / total)
 
 
+def test_a_folder_gives_its_test_split_and_a_single_file_itself(
+    cli: Cli, tiny_teacher: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    for split, text in (("train", SENTENCES[0]), ("test", SENTENCES[1])):
+        (tmp_path / f"{split}.txt").write_text(text)
+    words = ("eval", tiny_student, "--teacher", tiny_teacher, "--json", "--quiet", "--data")
+    whole, file = cli(*words, tmp_path), cli(*words, tmp_path / "test.txt")
+    assert (whole.code, file.code) == (0, 0), whole.err + file.err
+    assert whole.json["kl@1"] == file.json["kl@1"]
+    assert cli(*words, tmp_path / "train.txt").json["kl@1"] != file.json["kl@1"]
+
+
 def test_tables_fit_80_columns(cli: Cli, tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     for name in ("a" * 70, "b" * 70):
         (tmp_path / f"{name}.txt").write_text(SENTENCES[0])
