@@ -65,7 +65,7 @@ class StateFile:
         """The state, after its hash was checked.
 
         Raises:
-            CorruptionError: other bytes than were written.
+            CorruptionError: other bytes than were written, or bytes that are no state.
         """
         with open_plain(self.path) as handle:
             digest, wanted = hash_stream(handle), self.path.stem.partition("-")[2]
@@ -74,11 +74,17 @@ class StateFile:
             raise CorruptionError(
                 f"{where}: must have the SHA-256 that its name begins, found {digest[:16]}; remove the file"
             )
-        arrays, metadata = cast(
-            tuple[dict[str, mx.array], dict[str, str]], mx.load(str(self.path), return_metadata=True)
-        )
-        mx.eval(arrays)
-        record = parse_object(metadata[RECORD].encode(), where=where, max_bytes=MAX_RECORD_BYTES)
+        try:
+            arrays, metadata = cast(
+                tuple[dict[str, mx.array], dict[str, str]], mx.load(str(self.path), return_metadata=True)
+            )
+            mx.eval(arrays)
+            text = metadata[RECORD].encode()
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CorruptionError(
+                f"{where}: must be a training state, found {error}; remove the file"
+            ) from error
+        record = parse_object(text, where=where, max_bytes=MAX_RECORD_BYTES)
         return TrainingState(arrays, record)
 
 

@@ -274,4 +274,5 @@ _MUTATORS = {
     "pages": _pages,
     "footer": _footer,
     "shard": _shard,
+    "checkpoint": _sidecar,
 }

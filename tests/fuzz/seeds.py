@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pyarrow.parquet as pq
 
+from pmetal_distill.checkpoint import TrainingState, write_state
 from schemas.arrays import TargetArrays, TokenRows
 from schemas.basis import CoordinateGroup, SketchBasis
 from schemas.codebook import Codebook
@@ -96,6 +98,17 @@ def gguf() -> bytes:
         return write_gguf(Path(folder) / "x.gguf", metadata, tensors).read_bytes()
 
 
+def checkpoint() -> bytes:
+    """A state of three arrays."""
+    arrays = {
+        "student.w": mx.arange(6.0).reshape(2, 3),
+        "optimizer.step": mx.array(3),
+        "h": mx.array([1], mx.float16),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return write_state(Path(folder), 1, TrainingState(arrays, {"step": 1, "seed": 0})).path.read_bytes()
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Sound inputs by target."""
     data = shard()
@@ -110,6 +123,7 @@ def seeds() -> dict[str, list[bytes]]:
         "pages": [*chunks, b"".join(chunks)],
         "footer": [write_struct(parquet.footer)],
         "shard": [data],
+        "checkpoint": [checkpoint()],
     }
 
 

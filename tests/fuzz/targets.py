@@ -5,6 +5,7 @@ numbers are finite.
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pmetal_distill.checkpoint import StateFile
 from pmetal_distill.modelling.gguf_format import read_gguf
 from pmetal_distill.offline.footer import check_structure
 from pmetal_distill.offline.pages import read_pages
@@ -25,7 +27,7 @@ from pmetal_distill.yaml_files import MAX_NODES, read_yaml, write_yaml
 from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
 from schemas.codec import Codec
-from schemas.errors import CacheError, ModelError, UsageError
+from schemas.errors import CacheError, CheckpointError, ModelError, UsageError
 from schemas.hidden import HiddenBasis
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import CommitRecord, Dataset, FileRef, checksum_of, hashed_name
@@ -211,6 +213,21 @@ def shard(data: bytes) -> bool:
     return True
 
 
+def checkpoint(data: bytes) -> bool:
+    """A training state whose name vouches for it."""
+    path = folder() / f"00000001-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    path.write_bytes(data)
+    try:
+        state = StateFile(1, path).read()
+    except (CacheError, CheckpointError):
+        return False
+    finally:
+        path.unlink()
+    assert sum(array.nbytes for array in state.arrays.values()) <= len(data)
+    assert isinstance(state.record, dict)
+    return True
+
+
 TARGETS: dict[str, Target] = {
     "dataset": dataset,
     "record": record,
@@ -220,4 +237,5 @@ TARGETS: dict[str, Target] = {
     "pages": pages,
     "footer": footer,
     "shard": shard,
+    "checkpoint": checkpoint,
 }
