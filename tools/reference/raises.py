@@ -68,13 +68,7 @@ class Collector:
         assert isinstance(place.node, ast.Call)
         for template in self.templates(place.node.args[0] if place.node.args else None, place):
             for at, text in self.expanded(template, place, DEPTH):
-                yield ErrorText(at.module, self._given_class(at) or error, rendered(text))
-
-    def _given_class(self, call: Place) -> str:
-        """The class that a caller names with `error=`."""
-        words = call.node.keywords if isinstance(call.node, ast.Call) else []
-        names = [w.value.id for w in words if w.arg == "error" and isinstance(w.value, ast.Name)]
-        return next((name for name in names if name in CLASSES), "")
+                yield ErrorText(at.module, error, rendered(text))
 
     def error_of(self, place: Place) -> str:
         """The error class that a call makes, or several; empty if it makes no error."""
@@ -91,9 +85,8 @@ class Collector:
         if holder is None or not holder.annotation("error").startswith("type["):
             return ""
         given = [holder.default("error")]
-        if name == "_error":
-            calls = [p.node for p in self.sources.calls[holder.owner] if isinstance(p.node, ast.Call)]
-            given += [holder.bound(call).get("error") for call in calls]
+        calls = self.sources.calls[holder.owner] if name == "_error" else self.sources.calls_of(holder)
+        given += [holder.bound(p.node).get("error") for p in calls if isinstance(p.node, ast.Call)]
         return " or ".join(sorted({v.id for v in given if isinstance(v, ast.Name) and v.id in CLASSES}))
 
     def _constructor(self, function: Function) -> Function | None:
@@ -167,16 +160,32 @@ class Collector:
         if function is None or not holes or depth == 0:
             yield place, template
             return
-        plain = True
-        for call in self.sources.calls_of(function):
-            assert isinstance(call.node, ast.Call)
-            given = {name: value for name, value in function.bound(call.node).items() if name in holes}
-            if any(_has_words(value) for value in given.values()):
-                plain = False
-                for filled in self._filled(template, given, call):
-                    yield from self.expanded(filled, call, depth - 1)
-        if plain:
-            yield place, template
+        found = [
+            text
+            for call in self.sources.calls_of(function)
+            for text in self._from_call(template, call, function, depth)
+        ]
+        yield from found or [(place, template)]
+
+    def _from_call(
+        self, template: Template, call: Place, function: Function, depth: int
+    ) -> list[tuple[Place, Template]]:
+        """What a call makes of a template; nothing if it gives no words, itself or from its own callers."""
+        assert isinstance(call.node, ast.Call)
+        holes = {piece.id for piece in template if isinstance(piece, ast.Name)}
+        given = {name: value for name, value in function.bound(call.node).items() if name in holes}
+        telling = [given[name] for name in _inner_holes(template) if name in given]
+        passed = (
+            set(call.function.parameters)
+            if call.function and call.function.owner == function.owner
+            else set()
+        )
+        phrased = any(_is_phrase(value) for value in telling)
+        if not phrased and not any(isinstance(value, ast.Name) and value.id in passed for value in telling):
+            return []
+        filled = self._filled(template, given, call)
+        texts = [text for option in filled for text in self.expanded(option, call, depth - 1)]
+        return texts if phrased or any(place is not call for place, _ in texts) else []
 
     def _filled(self, template: Template, given: dict[str, ast.expr], call: Place) -> list[Template]:
         """The template with a call's words in its holes; other values stay as their names."""
@@ -200,8 +209,18 @@ def _choices(value: ast.expr) -> list[ast.expr]:
     return [*_choices(value.body), *_choices(value.orelse)] if isinstance(value, ast.IfExp) else [value]
 
 
-def _has_words(value: ast.expr) -> bool:
-    return any(is_text(choice) or isinstance(choice, ast.JoinedStr) for choice in _choices(value))
+def _inner_holes(template: Template) -> list[str]:
+    """The variables of a template, without that at its beginning, which says where."""
+    pieces = template if len(template) == 1 else template[1:]
+    return [piece.id for piece in pieces if isinstance(piece, ast.Name)]
+
+
+def _is_phrase(value: ast.expr) -> bool:
+    """Whether a caller's value is a part of a sentence, not a name in it."""
+    return any(
+        isinstance(choice, ast.JoinedStr) or (isinstance(choice, ast.Constant) and " " in str(choice.value))
+        for choice in _choices(value)
+    )
 
 
 def rendered(template: Template) -> str:

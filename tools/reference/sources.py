@@ -50,7 +50,8 @@ class Function:
 
     def bound(self, call: ast.Call) -> dict[str, ast.expr]:
         """Parameter to the expression that a call gives it."""
-        given = dict(zip(self.parameters, call.args, strict=False))
+        unbound = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == self.owner
+        given = dict(zip(self.parameters, call.args[1:] if unbound else call.args, strict=False))
         given |= {word.arg: word.value for word in call.keywords if word.arg}
         for name in self.parameters:
             if name not in given and (default := self.default(name)) is not None:
