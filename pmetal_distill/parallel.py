@@ -157,7 +157,7 @@ def _is_ring_of_one() -> bool:
     if path is None:
         return False
     try:
-        return len(json.loads(Path(path).read_text() or "[]")) < 2
+        return len(json.loads(Path(path).read_text().strip() or "[]")) < 2
     except (OSError, ValueError):
         return False
 

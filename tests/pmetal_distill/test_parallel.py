@@ -34,6 +34,16 @@ def test_one_process_alone_sends_nothing() -> None:
     assert not world.any(False)
 
 
+@pytest.mark.parametrize("hosts", ["", "\n", "[]", '[["127.0.0.1:1"]]'])
+def test_one_process_of_a_launcher_waits_for_nobody(
+    hosts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts.json").write_text(hosts)
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    assert World.launched().size == 1
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums(tmp_path: Path, size: int) -> None:
     code = """
