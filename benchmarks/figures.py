@@ -1,21 +1,48 @@
-"""The pictures in the README: error against bytes from a result of `fidelity.py`, the losses of a run.
+"""The pictures in README and docs, from the results of other benchmarks and the metrics of a run.
 
 python benchmarks/fidelity.py --json fidelity.json
-python benchmarks/figures.py --fidelity fidelity.json --run runs/demo/run [--out docs/images]
+python benchmarks/peers.py --json peers.json
+python benchmarks/growth.py --json growth.json
+python benchmarks/figures.py --fidelity fidelity.json --peers peers.json --growth growth.json --run RUN
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.axes import Axis
-from pipeline.reporting.figures import Figure, line_figure
-from pipeline.reporting.lines import Series
+from pipeline.reporting.figures import Figure, Table, line_figure
+from pipeline.reporting.lines import HEIGHT as LINES_HEIGHT
+from pipeline.reporting.lines import WIDTH as LINES_WIDTH
+from pipeline.reporting.lines import Series, line_chart
+from pipeline.reporting.markup import tag
 from pipeline.reporting.run_files import read_metrics
 
 TABLE, TEMPERATURE = "Python documentation", 2
 WIDTH, HEIGHT = 640.0, 300.0
+FAMILIES: dict[str, Callable[[str], bool]] = {
+    "ours, sketch": lambda name: name.startswith("ours") and "sketch" in name,
+    "ours, top 64 + bucket": lambda name: name == "ours, top-64 + bucket",
+    "ours, top 64 renormalised": lambda name: name == "ours, top-64 renormalised",
+    "RS-KD, drawn at T = 2": lambda name: name.startswith("RS-KD") and name.endswith("T = 2"),
+    "RS-KD, drawn at T = 1, weighted": lambda name: name.startswith("RS-KD") and "weights" in name,
+    "gmlx": lambda name: name.startswith("gmlx"),
+    "DistillKit, bucket": lambda name: name.startswith("DistillKit") and name.endswith("bucket"),
+    "DistillKit, renormalised": lambda name: name.startswith("DistillKit") and name.endswith("renormalised"),
+    "JSON lines, bucket": lambda name: name.startswith("vLLM") and name.endswith("bucket"),
+    "mlx-lm DWQ": lambda name: name.startswith("mlx-lm"),
+    "mlx-kld": lambda name: name.startswith("mlx-kld"),
+    "dense float16": lambda name: name.startswith("dense"),
+}
+GROWTH = {
+    "cache": "Stage one: time a token",
+    "cache_mb": "Stage one: memory",
+    "step": "Training step: time a token",
+    "step_mb": "Training step: memory",
+}
+AXES = {"vocab": "V", "k": "k", "rank": "rank", "length": "length", "batch": "batch"}
 DEFAULT = "top-16 + sketch r=256, step 60"
 
 
@@ -68,15 +95,72 @@ def learning_curve(run: Path) -> Figure:
     )
 
 
+def peers(rows: list[dict[str, Any]]) -> Figure:
+    """One point a kind of target, a line through what differs in size only; both axes logarithmic."""
+    shown = [row for row in rows if TEMPERATURE in row["temperatures"]]
+    series = []
+    for family, matches in FAMILIES.items():
+        points = sorted(
+            (row["bytes"], row[f"gradient@{TEMPERATURE}"]) for row in shown if matches(row["name"])
+        )
+        series += [Series(family, points, joined=len(points) > 1)] if points else []
+    said = "; ".join(
+        f"{row['name']}: {row['bytes']:,.0f} bytes, error {row[f'gradient@{TEMPERATURE}']:.3g}"
+        for row in shown
+    )
+    return line_figure(
+        "peers",
+        f"Ways to keep a teacher: error of the gradient at T = {TEMPERATURE} against bytes",
+        series,
+        Axis("bytes a token on disk", log=True),
+        Axis("relative error of the gradient at the output layer", log=True),
+        description=said,
+        width=WIDTH + 120,
+        height=HEIGHT + 120,
+    )
+
+
+def growth(found: dict[str, dict[str, list[tuple[float, float]]]]) -> Figure:
+    """Cost against size, both relative to the smallest: a panel a cost, a line a kind of size."""
+    content, said, rows = [], [], []
+    sizes = Axis("size, times the smallest", log=True, ticks=(1.0, 2.0, 4.0, 8.0))
+    for number, (quantity, title) in enumerate(GROWTH.items()):
+        series = []
+        for axis, values in found.items():
+            size, cost = values[quantity][0]
+            series.append(Series(AXES[axis], [(a / size, b / cost) for a, b in values[quantity]]))
+        chart = line_chart(series, sizes, Axis(f"{title}, times", log=True))
+        place = f"translate({number % 2 * LINES_WIDTH} {number // 2 * LINES_HEIGHT})"
+        content.append(tag("g", *chart, transform=place))
+        ends = [(s.name, *s.points[-1]) for s in series]
+        said += [f"{title}: " + ", ".join(f"{b:.2f} times at {a:g} times {name}" for name, a, b in ends)]
+        rows += [[title, *end] for end in ends]
+    return Figure(
+        "growth",
+        "How cost grows with the vocabulary V, head k, sketch rank, sequence length and batch",
+        "; ".join(said),
+        content,
+        2 * LINES_WIDTH,
+        2 * LINES_HEIGHT,
+        Table(["cost", "size", "times the smallest", "cost, times"], rows),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fidelity", type=Path, help="what fidelity.py wrote")
+    parser.add_argument("--peers", type=Path, help="what peers.py wrote")
+    parser.add_argument("--growth", type=Path, help="what growth.py wrote")
     parser.add_argument("--run", type=Path, help="folder of a training run")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     figures = []
     if args.fidelity:
         figures.append(error_against_bytes(json.loads(args.fidelity.read_text())["tables"][TABLE]))
+    if args.peers:
+        figures.append(peers(json.loads(args.peers.read_text())["rows"]))
+    if args.growth:
+        figures.append(growth(json.loads(args.growth.read_text())))
     if args.run:
         figures.append(learning_curve(args.run))
     args.out.mkdir(parents=True, exist_ok=True)
