@@ -58,14 +58,16 @@ class Collector:
         for places in list(self.sources.calls.values()):
             for place in places:
                 assert isinstance(place.node, ast.Call)
-                if error := self.error_of(place):
-                    found |= set(self._texts_of(place, error))
+                found |= set(self.texts_of(place))
         return sorted(
             text for text in found if any(letter.isalpha() for letter in text.text.replace("…", ""))
         )
 
-    def _texts_of(self, place: Place, error: str) -> Iterator[ErrorText]:
+    def texts_of(self, place: Place) -> Iterator[ErrorText]:
+        """The texts of one error that is made; none if the call makes no error."""
         assert isinstance(place.node, ast.Call)
+        if not (error := self.error_of(place)):
+            return
         for template in self.templates(place.node.args[0] if place.node.args else None, place):
             for at, text in self.expanded(template, place, DEPTH):
                 yield ErrorText(at.module, error, rendered(text))

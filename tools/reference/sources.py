@@ -77,12 +77,14 @@ class Sources:
         functions: by module.
         calls: by the last part of what is called.
         raises: every `raise` with an exception.
+        imports: by module, the modules and names that it imports from.
     """
 
     trees: dict[str, ast.Module] = field(default_factory=dict)
     functions: dict[str, list[Function]] = field(default_factory=lambda: defaultdict(list))
     calls: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     raises: list[Place] = field(default_factory=list)
+    imports: dict[str, set[tuple[str, str]]] = field(default_factory=lambda: defaultdict(set))
 
     @staticmethod
     def read(root: Path = ROOT) -> "Sources":
@@ -102,6 +104,8 @@ class Sources:
                 function = Function(inside.module, owner, child)
                 self.functions[inside.module].append(function)
                 place = Place(child, function, inside.module)
+            elif isinstance(child, ast.ImportFrom):
+                self.imports[inside.module] |= {(child.module or "", alias.name) for alias in child.names}
             elif isinstance(child, ast.ClassDef):
                 name = child.name
             elif isinstance(child, ast.Call) and called(child):
@@ -127,16 +131,8 @@ class Sources:
         """Where a function is called, as far as names tell."""
         name = function.owner or function.node.name
         for place in self.calls[function.node.name]:
-            if place.module == function.module or self._imports(place.module, function.module, name):
+            if place.module == function.module or (function.module, name) in self.imports[place.module]:
                 yield place
-
-    def _imports(self, module: str, source: str, name: str) -> bool:
-        return any(
-            isinstance(node, ast.ImportFrom)
-            and node.module == source
-            and name in [alias.name for alias in node.names]
-            for node in ast.walk(self.trees[module])
-        )
 
 
 def called(call: ast.Call) -> str:
