@@ -44,7 +44,7 @@ def open_cache(folder: Path) -> Cache:
 def needed_columns(target: dict[str, Any]) -> list[str]:
     """Text, mask and everything that makes log-probabilities at T=1; the tail's sketch is left alone."""
     planes = 1 + (target["vocab_size"] > 1 << 8) + (target["vocab_size"] > 1 << 16)
-    names = [f"{kind}{i}" for kind in ("tok", "id") for i in range(planes)] + ["seq", "msk"]
+    names = [f"{kind}{i}" for kind in ("tok", "id") for i in range(planes)] + ["seq", "doc", "msk"]
     names += ["gap0", "gap1"] if target["k"] > 1 else []
     return names + (["top0", "top1"] if target["tail"] == "none" else ["crv0", "crv1"])
 
@@ -89,26 +89,44 @@ def number(columns: Raw, kind: str) -> np.ndarray:
 
 
 def decode(columns: Raw, target: dict[str, Any], codebook: Decoded | None) -> Decoded:
-    """Token ids [n], mask [n], head ids [n, k], head log-probabilities at T=1 [n, k] and tail mass [n]."""
+    """Columns of n tokens, at T=1; where the mask is false only the text means anything.
+
+    `token_ids`, `sequences`, `documents`, `mask` [n]; `head_ids`, `head_logprobs` [n, k]; `tail_mass` and
+    `entropy` in nats [n].
+    """
     vocab_size, k = target["vocab_size"], target["k"]
     order = codebook["token_order"] if codebook else np.arange(vocab_size)
     below = np.zeros((len(columns["seq"]), k))
     if k > 1:
         below[:, 1:] = np.cumsum(number(columns, "gap"), axis=1) * target["logprob_step"]
     if target["tail"] == "none":
-        top = -number(columns, "top")[:, 0] / 2048
+        top, inside = -number(columns, "top")[:, 0] / 2048, np.zeros(len(below))
     else:
         curve = decode_curve(number(columns, "crv"), codebook) * target["curve_step"]
         at_one = curve[:, target["curve_nodes"].index(1.0)]
         top = -np.log(np.exp(-below).sum(axis=1) + np.exp(-below[:, -1] + at_one))
+        inside = at_one - slope_at_one(curve, target)
     logprobs = top[:, None] - below
+    tail = np.maximum(1 - np.exp(logprobs).sum(axis=1), 0)
     return {
         "token_ids": number(columns, "tok")[:, 0],
+        "sequences": np.asarray(columns["seq"]),
+        "documents": np.asarray(columns["doc"]),
         "mask": np.asarray(columns["msk"], bool),
         "head_ids": order[number(columns, "id")],
         "head_logprobs": logprobs,
-        "tail_mass": np.maximum(1 - np.exp(logprobs).sum(axis=1), 0),
+        "tail_mass": tail,
+        "entropy": -(np.exp(logprobs) * logprobs).sum(axis=1)
+        + tail * (np.clip(inside, 0, np.log(vocab_size - k)) - np.log(np.maximum(tail, 1e-30))),
     }
+
+
+def slope_at_one(curve: np.ndarray, target: dict[str, Any]) -> np.ndarray:
+    """A'(1) [n] of the polynomial through the nodes: A - A' is the entropy of the tail's own distribution."""
+    nodes = np.array([0.0, *target["curve_nodes"]])
+    powers = np.arange(len(nodes))
+    weights = np.linalg.solve(np.vander(nodes, increasing=True).T, powers)
+    return weights[0] * np.log(target["vocab_size"] - target["k"]) + curve @ weights[1:]
 
 
 def decode_curve(residuals: np.ndarray, codebook: Decoded | None) -> np.ndarray:
@@ -135,6 +153,34 @@ def read_all(cache: Cache, engine: str) -> Decoded:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def rows(folder: Path) -> Decoded:
+    """A table of the tokens with a target: where they stand, and how sure the teacher is of what follows."""
+    found = read_all(open_cache(folder), "pyarrow")
+    on = found["mask"]
+    _, first, length = np.unique(found["sequences"], return_index=True, return_counts=True)
+    starts = np.repeat(first, length)
+    last = np.roll(found["sequences"], -1) != found["sequences"]
+    return {
+        "seq": found["sequences"][on],
+        "pos": (np.arange(len(on)) - starts)[on],
+        "doc": found["documents"][on],
+        "token": found["token_ids"][on],
+        "next_token": np.where(last, -1, np.roll(found["token_ids"], -1))[on],
+        "choice": found["head_ids"][on, 0],
+        "probability": np.exp(found["head_logprobs"][on, 0]),
+        "tail_mass": found["tail_mass"][on],
+        "entropy": found["entropy"][on],
+    }
+
+
+def text_of(folder: Path, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token, by the tokenizer that lies in the cache."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    return [tokenizer.decode([int(token)], skip_special_tokens=False) for token in token_ids]
+
+
 def main(folder: Path) -> None:
     """Prints what each engine finds; all must find the same."""
     cache = open_cache(folder)
@@ -148,10 +194,10 @@ def main(folder: Path) -> None:
         seconds = time.perf_counter() - started
         on = found["mask"]
         best, tail = np.exp(found["head_logprobs"][on, 0]).mean(), found["tail_mass"][on].mean()
-        print(
-            f"{engine:<8} {len(on):,} tokens, {on.sum():,} with a target, {seconds:.2f} s; mean probability"
-        )
-        print(f"{'':<8} of the first choice {best:.4f}, of all tokens outside the head {tail:.4f}")
+        entropy = found["entropy"][on].mean()
+        print(f"{engine:<8} {len(on):,} tokens, {on.sum():,} with a target, {seconds:.2f} s")
+        print(f"{'':<8} mean probability of the first choice {best:.4f}, of all outside the head {tail:.4f}")
+        print(f"{'':<8} mean entropy {entropy:.4f} nats")
         first = first or found
         assert all(np.array_equal(first[name], found[name]) for name in first), f"{engine} reads other values"
 

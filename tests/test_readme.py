@@ -1,6 +1,5 @@
 """What the README shows is run as it stands, with its paths pointed at a tiny model."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,11 @@ from pipeline.cache import run_cache
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
 from pmetal_distill.offline.reader import LogitCache
+from tests.pages import ROOT, blocks, run_python
 from tests.tiny import build_tiny_model
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = blocks("README.md", "python")
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +38,9 @@ def demo(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     }
 
 
-def run(block: str, demo: dict[str, Path]) -> dict[str, object]:
-    for shown, real in demo.items():
-        block = block.replace(shown, str(real))
-    names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own README
-    return names
-
-
 def test_pyarrow_alone_decodes_a_position(demo: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = [block for block in BLOCKS if "pyarrow" in block]
-    names = run(block, demo)
+    names = run_python(block, demo, page="README.md")
     cache = LogitCache(demo["runs/demo/cache"])
     flat = [cache.sequence(number) for number in range(4)]
     targets = np.concatenate([row.targets.head_logprobs for row in flat])[100]
@@ -63,7 +55,7 @@ def test_the_examples_of_the_library_train(demo: dict[str, Path]) -> None:
     examples = [block for block in BLOCKS if "Distiller" in block]
     assert len(examples) == 3
     for block in examples:
-        names = run(block, demo)
+        names = run_python(block, demo, page="README.md")
         loss = names["loss"] if "loss" in names else names["losses"][-1]  # type: ignore[index]
         assert np.isfinite(loss.total.item())
         assert names["distiller"].updates >= 1
@@ -77,13 +69,12 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_the_file_tree_names_files_that_exist() -> None:
-    root = Path(__file__).parent.parent
     tree = README.split("## File tree")[1].split("```")[1]
     folder = ""
     for line in tree.strip("\n").splitlines():
         name = line.split()[0]
         if line.startswith(" "):
-            assert (root / folder / name).exists(), line
+            assert (ROOT / folder / name).exists(), line
         else:
             folder = name
-            assert (root / name).is_dir(), line
+            assert (ROOT / name).is_dir(), line
