@@ -118,17 +118,8 @@ class TestFacts:
         text.write_text("A teacher writes what it knows about every token. " * 60)
         cached = ["--hidden-layers", "1", "--max-seq-len", "32", "--tail", "bucket", "--quiet"]
         main(["cache", "--teacher", str(model), "--data", str(text), "--out", str(cache), *cached])
-        trained = [
-            "--hidden-loss",
-            "mse",
-            "--val-share",
-            "0.3",
-            "--iters",
-            "2",
-            "--steps-per-eval",
-            "2",
-            "--quiet",
-        ]
+        trained = ["--hidden-loss", "mse", "--val-share", "0.3", "--iters", "2", "--quiet"]
+        trained += ["--steps-per-eval", "2"]
         main(["train", "--student", str(model), "--cache", str(cache), "--out", str(out), *trained])
         lines = (out / "metrics.jsonl").read_text().splitlines()
         assert {name for line in lines for name in json.loads(line)} == set(facts.METRICS)
