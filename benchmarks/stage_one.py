@@ -29,6 +29,7 @@ from pipeline.demo_text import pydoc_topics
 from pipeline.settings import CacheSettings
 from pipeline.teacher import TeacherRunner
 from pmetal_distill.models import LoadedModel, load_model
+from pmetal_distill.offline.capture import rows_at_once
 
 SHAPES = ((2, 256), (8, 256), (4, 512), (8, 512))
 
@@ -39,8 +40,9 @@ def bare_loop(teacher: LoadedModel, settings: CacheSettings, *, head: bool) -> N
     runner = TeacherRunner(teacher, data, settings.batch_size)
     for states in runner.run(range(data.num_sequences)):
         mx.eval(states.final)
-        for start in range(0, len(states.final) if head else 0, settings.head_chunk):
-            mx.eval(teacher.logits(states.final[start : start + settings.head_chunk]))
+        chunk = rows_at_once(settings.head_chunk, teacher.vocab_size)
+        for start in range(0, len(states.final) if head else 0, chunk):
+            mx.eval(teacher.logits(states.final[start : start + chunk]))
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, float]:

@@ -214,11 +214,14 @@ class Calibrator:
 
     def _sample(self, rows: "SampledRows") -> "Sample":
         from pmetal_distill.offline.calibrate import Sample
+        from pmetal_distill.offline.capture import rows_at_once
+
+        chunk = rows_at_once(self.settings.head_chunk, self.spec.vocab_size)
 
         def logits_of(states: "mx.array") -> "mx.array":
             return self.teacher.logits(states.astype(rows.dtype)) if self.teacher.splits else states
 
-        return Sample(rows.states, logits_of, self.settings.head_chunk, token_ids=rows.token_ids)
+        return Sample(rows.states, logits_of, chunk, token_ids=rows.token_ids)
 
 
 def held_apart(groups: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
@@ -321,6 +324,6 @@ def _fetched(states: "mx.array", rows: NDArray[np.int64]) -> NDArray[np.float32]
     """Some rows as float32."""
     import mlx.core as mx
 
-    from pmetal_distill.offline.capture import as_numpy
+    from pmetal_distill.host_results import to_numpy
 
-    return np.array(as_numpy(states[mx.array(rows.astype(np.int32))]))
+    return to_numpy(states[mx.array(rows.astype(np.int32))].astype(mx.float32))

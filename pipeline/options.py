@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +36,20 @@ class IntList(click.ParamType[Any]):
             self.fail(f"{value!r} is not a list of integers such as 6,12,-1", param, ctx)
 
 
+class Place(click.ParamType[Any]):
+    """A path, a hub id or a URL: text that shells complete as a path."""
+
+    name = "text"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+PLACE = Place()
+
+
 def settings_options(settings: type, *, positional: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Adds an option for every field with a help text; `positional` fields are left to the caller."""
 
@@ -56,6 +71,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
     aliases = ["--" + alias.replace("_", "-") for alias in field.metadata.get("aliases", ())]
     kind = IntList(all_too=True) if _takes_all(hint) else _click_type(base)
+    kind = PLACE if field.metadata.get("place") else kind
     return click.option(flag, *aliases, field.name, type=kind, default=None, help=help_text)
 
 

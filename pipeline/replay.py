@@ -32,6 +32,7 @@ BATCH_SIZE = 4
 BLOCK_ROWS = 4096
 METRIC_ROWS = 256
 HEAD_CHUNK = 64
+TF32_ROUNDING = 2.0**-11  # a GPU may multiply float32 with so many digits
 LISTED = 20
 _TEACHER_PARTS = {"teacher": "weights", "tokenizer": "tokenizer", "chat_template": "chat template"}
 
@@ -255,13 +256,13 @@ class Replay:
         """Logits [m, V] of successive rows, and the unit roundoff of the teacher's type."""
         import mlx.core as mx
 
-        from pmetal_distill.offline.capture import as_numpy
+        from pmetal_distill.offline.capture import as_numpy, on_gpu
 
         rows = mx.concatenate(states)
         for start in range(0, len(rows), HEAD_CHUNK):
             part = rows[start : start + HEAD_CHUNK]
             logits = self.teacher.logits(part) if self.teacher.splits else part
-            yield as_numpy(logits), float(mx.finfo(part.dtype).eps) / 2
+            yield as_numpy(logits), max(float(mx.finfo(part.dtype).eps) / 2, TF32_ROUNDING if on_gpu() else 0)
 
 
 def choose_rows(cache: "LogitCache", num_rows: int, seed: int) -> dict[int, NDArray[np.int64]]:

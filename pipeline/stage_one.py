@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from pipeline.calibration import Calibrator, Coding
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
@@ -60,10 +58,11 @@ class CapturedBatch:
         Raises:
             NonFiniteError: NaN or infinity in a row.
         """
+        from pmetal_distill.host_results import to_numpy
         from pmetal_distill.offline.writer import CapturedSequence
 
         targets = self.capture.result()
-        layers = {index: np.array(states) for index, states in self.layers.items()}
+        layers = {index: to_numpy(states) for index, states in self.layers.items()}
         batch, starts = self.states.batch, self.states.starts
         for row, length in enumerate(batch.lengths):
             documents = batch.documents[row, :length]
@@ -197,12 +196,18 @@ class StageOne:
 
 
 def queue_batch(
-    shard: int, coding: Coding, states: TeacherStates, teacher: "LoadedModel", spec: TargetSpec, *, chunk: int
+    shard: int,
+    coding: Coding,
+    states: TeacherStates,
+    teacher: "LoadedModel",
+    spec: TargetSpec,
+    *,
+    chunk: int | None,
 ) -> CapturedBatch:
     """Asks for the targets of a batch; a GPU begins with them."""
     import mlx.core as mx
 
-    from pmetal_distill.offline.capture import PendingCapture, on_gpu
+    from pmetal_distill.offline.capture import PendingCapture, on_gpu, rows_at_once
 
     layers = {index: found.astype(mx.float32) for index, found in states.layers.items()}
     capture = PendingCapture(
@@ -210,7 +215,7 @@ def queue_batch(
         teacher.logits if teacher.splits else lambda logits: logits,
         spec,
         sketch=coding.map,
-        chunk=chunk,
+        chunk=rows_at_once(chunk, spec.vocab_size),
         place=states.place,
     )
     if on_gpu():

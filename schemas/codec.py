@@ -148,9 +148,8 @@ def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Tab
         curve, clipped_curve = quantize_curve(_zero_rows(targets, mask), steps, spec)
         columns |= _pair("crv", masked_zero(_curve_residuals(curve, codec), mask))
     if codec.basis:
-        coordinates = _trained(targets.coordinates, mask)
         head_ids = masked_zero(targets.head_ids, mask)
-        packed, clipped_coordinates = encode_coordinates(coordinates, rows, head_ids, codec.basis)
+        packed, clipped_coordinates = encode_coordinates(targets.coordinates, rows, head_ids, codec.basis)
         columns |= packed
     table = _to_table(columns, rows, codec.schema)
     return table, Saturation(int(mask.sum()), clipped_logprobs, clipped_curve, clipped_coordinates)
@@ -240,8 +239,11 @@ def _trained(values: npt.NDArray[np.float32], mask: Bool) -> Float32:
 
 
 def _zero_rows(targets: TargetArrays, mask: Bool) -> TargetArrays:
-    keep = mask[:, None]
-    return TargetArrays(*(a if mask.all() else np.where(keep, a, a.dtype.type(0)) for a in targets.parts()))
+    """Head and curve with zeros outside the mask."""
+    ids, logprobs, curve = targets.head_ids, targets.head_logprobs, targets.tail_curve
+    if not mask.all():
+        ids, logprobs, curve = masked_zero(ids, mask), _trained(logprobs, mask), _trained(curve, mask)
+    return TargetArrays(ids, logprobs, curve, targets.coordinates[:, :0])
 
 
 def _pair(name: str, values: Int32) -> dict[str, Planes]:

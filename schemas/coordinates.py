@@ -26,7 +26,7 @@ def encode_coordinates(
     """The columns of the groups of coordinates.
 
     Args:
-        coordinates: [n, r], finite; zeros outside the loss mask.
+        coordinates: [n, r], finite inside the loss mask; what lies outside is stored as zeros.
         rows: the same tokens.
         head_ids: [n, k], all stored ids, from 0 to V-1.
         basis: step, groups and predictor.
@@ -43,8 +43,9 @@ def encode_coordinates(
     for block, sums in _predictions(basis, rows.token_ids, head_ids):
         quantized = coordinates[block] / step
         if sums is not None:
-            quantized -= sums * (mask[block, None] / SUBSTEPS)
+            quantized -= sums / SUBSTEPS
         np.rint(quantized, out=quantized)
+        quantized[~mask[block]] = 0
         for group, stored in zip(basis.groups, planes, strict=True):
             values = quantized[:, group.start : group.stop]
             inside = np.clip(values, -group.largest, group.largest)

@@ -6,14 +6,17 @@ import click
 
 from pipeline.commands.shared import FloatList, console_options
 from pipeline.console import Console
+from pipeline.options import PLACE
 from schemas.errors import UsageError
 
 
 @click.command("eval")
-@click.argument("student")
-@click.option("--teacher", help="An mlx-lm folder, a hub id or a .gguf file; with --data.")
-@click.option("--data", help="Held-out text, in any form that `cache` takes; with --teacher.")
-@click.option("--cache", help="Instead: a cache of the teacher, a folder or a URL in object storage.")
+@click.argument("student", type=PLACE)
+@click.option("--teacher", type=PLACE, help="An mlx-lm folder, a hub id or a .gguf file; with --data.")
+@click.option("--data", type=PLACE, help="Held-out text, in any form that `cache` takes; with --teacher.")
+@click.option(
+    "--cache", type=PLACE, help="Instead: a cache of the teacher, a folder or a URL in object storage."
+)
 @click.option(
     "--sequences",
     type=click.Choice(["held-out", "all"]),

@@ -6,11 +6,12 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
+from pipeline.options import PLACE
 from schemas.errors import UsageError
 
 
 @click.command("export")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the export.")
 @click.option(
     "--dense",

@@ -8,12 +8,17 @@ import click
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
 from pipeline.new_student import NewStudent, make_student
-from pipeline.options import IntList
+from pipeline.options import PLACE, IntList
 
 
 @click.command("init-student")
 @click.option(
-    "--teacher", "--model", "teacher", required=True, help="An mlx-lm folder, a hub id or a .gguf file."
+    "--teacher",
+    "--model",
+    "teacher",
+    type=PLACE,
+    required=True,
+    help="An mlx-lm folder, a hub id or a .gguf file.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new student.")
 @click.option("--num-layers", type=int, help="Keep so many layers.")
@@ -30,7 +35,9 @@ from pipeline.options import IntList
     type=float,
     help="Keep so many neurons in each MLP, or this share of them (0.5): the most active on --data.",
 )
-@click.option("--data", help="Text to measure layers and neurons on, in any form that `cache` takes.")
+@click.option(
+    "--data", type=PLACE, help="Text to measure layers and neurons on, in any form that `cache` takes."
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test"]),

@@ -4,11 +4,12 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
+from pipeline.options import PLACE
 from schemas.errors import UsageError
 
 
 @click.command("inspect")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 @click.option("--sequence", type=int, help="Show the teacher's view of a position of this sequence.")
 @click.option("--position", type=int, default=0, show_default=True, help="Position in the sequence.")
 @click.option("--temperature", default=1.0, show_default=True, help="Softmax temperature of the view.")

@@ -6,10 +6,11 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
+from pipeline.options import PLACE
 
 
 @click.command("report")
-@click.argument("source", metavar="RUN|CACHE")
+@click.argument("source", type=PLACE, metavar="RUN|CACHE")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
 @click.option("--plan", type=click.Path(path_type=Path), help="For a cache: what `plan --json` printed.")
 @click.option(

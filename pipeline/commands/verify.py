@@ -6,14 +6,15 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.console import Console
+from pipeline.options import PLACE
 from schemas.errors import UsageError
 
 
 @click.command("verify")
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--replay", "rows", type=int, help="Run the teacher again and compare this many random rows.")
-@click.option("--teacher", help="With --replay: the teacher, a folder, hub id or .gguf.")
-@click.option("--data", help="With --replay: check too that the cache was made from this text.")
+@click.option("--teacher", type=PLACE, help="With --replay: the teacher, a folder, hub id or .gguf.")
+@click.option("--data", type=PLACE, help="With --replay: check too that the cache was made from this text.")
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test"]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pipeline.settings.checks import check, check_layers, check_whole, described
+from pipeline.settings.checks import check, check_layers, check_whole, check_whole_or_none, described
 from schemas.spec import Tail
 
 
@@ -21,9 +21,13 @@ class CacheSettings:
     }
 
     teacher: str = field(
-        metadata=described("Teacher: an mlx-lm folder, a hub id or a .gguf file.", aliases=("model",))
+        metadata=described(
+            "Teacher: an mlx-lm folder, a hub id or a .gguf file.", aliases=("model",), place=True
+        )
     )
-    data: str = field(metadata=described("Text: a file or folder of .jsonl, .jsonl.zst, .parquet or .txt."))
+    data: str = field(
+        metadata=described("Text: a file or folder of .jsonl, .jsonl.zst, .parquet or .txt.", place=True)
+    )
     out: Path = field(metadata=described("Folder of the new cache."))
     split: Literal["train", "valid", "test"] = field(
         default="train", metadata=described("Which part of a folder that has several.")
@@ -67,7 +71,12 @@ class CacheSettings:
         default=64, metadata=described("Sequences in a shard, the unit of resuming.")
     )
     zstd_level: int = field(default=1, metadata=described("zstd level of the shards, 1 to 22."))
-    head_chunk: int = field(default=256, metadata=described("Positions whose logits exist at once."))
+    head_chunk: int | None = field(
+        default=None,
+        metadata=described(
+            "Positions whose logits exist at once; 256, or on a GPU what takes a gigabyte, if not given."
+        ),
+    )
     seed: int = field(default=0, metadata=described("Seed of the calibration sample."))
     resume: bool = field(default=False, metadata=described("Go on with an unfinished cache."))
     sharded: bool = field(
@@ -77,7 +86,8 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         check_whole(self, "max_seq_len", least=2)
-        check_whole(self, "batch_size top_k sketch_rank sequences_per_shard head_chunk")
+        check_whole(self, "batch_size top_k sketch_rank sequences_per_shard")
+        check_whole_or_none(self, "head_chunk")
         check_whole(self, "seed hidden_rank", least=0)
         check(1 <= self.zstd_level <= 22, "zstd_level", "from 1 to 22", self.zstd_level)
         check(0 < self.sketch_step < math.inf, "sketch_step", "a positive number", self.sketch_step)

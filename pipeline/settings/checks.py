@@ -5,8 +5,9 @@ from typing import Any
 from schemas.errors import UsageError
 
 
-def described(text: str, *, aliases: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"help": text, "aliases": aliases}
+def described(text: str, *, aliases: tuple[str, ...] = (), place: bool = False) -> dict[str, Any]:
+    """Metadata of an option; `place`: its text may be a path, so shells complete it as one."""
+    return {"help": text, "aliases": aliases, "place": place}
 
 
 def in_files_only(text: str) -> dict[str, Any]:
@@ -22,6 +23,12 @@ def check(holds: bool, name: str, must: str, found: object, do: str = "give anot
 def check_whole(settings: Any, names: str, *, least: int = 1) -> None:
     for name in names.split():
         check(getattr(settings, name) >= least, name, f"at least {least}", getattr(settings, name))
+
+
+def check_whole_or_none(settings: Any, names: str) -> None:
+    for name in names.split():
+        if getattr(settings, name) is not None:
+            check_whole(settings, name)
 
 
 def check_layers(name: str, layers: tuple[int, ...] | str) -> None:

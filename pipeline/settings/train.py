@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pipeline.settings.checks import check, check_layers, check_whole, described, in_files_only
+from pipeline.settings.checks import (
+    check,
+    check_layers,
+    check_whole,
+    check_whole_or_none,
+    described,
+    in_files_only,
+)
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from schemas.errors import UsageError
 from schemas.spec import Tail
@@ -81,17 +88,21 @@ class TrainSettings:
         "config": "leave it out, a configuration file cannot name another",
     }
 
-    student: str = field(metadata=described("Student: an mlx-lm folder or a hub id.", aliases=("model",)))
+    student: str = field(
+        metadata=described("Student: an mlx-lm folder or a hub id.", aliases=("model",), place=True)
+    )
     out: Path = field(metadata=described("Folder of the new run.", aliases=("adapter_path",)))
     cache: str | None = field(
-        default=None, metadata=described("The cache: a folder, or a URL in object storage.")
+        default=None, metadata=described("The cache: a folder, or a URL in object storage.", place=True)
     )
     teacher: str | None = field(
         default=None,
-        metadata=described("Instead of a cache: a live teacher that reads 'data' beside the student."),
+        metadata=described(
+            "Instead of a cache: a live teacher that reads 'data' beside the student.", place=True
+        ),
     )
     data: str | None = field(
-        default=None, metadata=described("Text for a live teacher, as 'cache' takes it.")
+        default=None, metadata=described("Text for a live teacher, as 'cache' takes it.", place=True)
     )
     max_seq_len: int = field(
         default=512,
@@ -154,7 +165,13 @@ class TrainSettings:
     iters: int = field(default=1000, metadata=described("Batches to train on."))
     grad_accumulation_steps: int = field(default=1, metadata=described("Batches in an optimizer step."))
     grad_clip: float | None = field(default=1.0, metadata=described("Largest norm of the gradients."))
-    head_chunk: int = field(default=256, metadata=described("Positions whose logits exist at once."))
+    head_chunk: int | None = field(
+        default=None,
+        metadata=described(
+            "Positions whose logits exist at once; by vocabulary and device if not given: 64 MiB of them on "
+            "the CPU, 512 on a GPU."
+        ),
+    )
     grad_checkpoint: bool = field(
         default=False, metadata=described("Compute activations twice to keep fewer of them.")
     )
@@ -187,7 +204,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         self._check_loss()
         self._check_optimizer()
-        check_whole(self, "batch_size iters grad_accumulation_steps head_chunk")
+        check_whole(self, "batch_size iters grad_accumulation_steps")
+        check_whole_or_none(self, "head_chunk")
         check_whole(self, "steps_per_report keep_checkpoints")
         check_whole(self, "seed prefetch steps_per_eval save_every", least=0)
         check_whole(self, "num_layers val_batches", least=-1)

@@ -158,8 +158,11 @@ def _block_values(student: "LoadedModel", block: Any, factors: Factors, length: 
 
 
 def _head(settings: TrainSettings, model: "LoadedModel", tokens: int) -> int:
+    from pmetal_distill.losses.job import default_chunk_tokens
+
     chunks = 2.0 if on_host() else Factors(0, 0).chunks
-    return int(min(settings.head_chunk, tokens) * model.vocab_size * 4 * chunks)
+    at_once = settings.head_chunk or default_chunk_tokens(model.vocab_size)
+    return int(min(at_once, tokens) * model.vocab_size * 4 * chunks)
 
 
 def _teacher(settings: TrainSettings, source: "Source", tokens: int, length: int) -> int:
@@ -206,7 +209,10 @@ def _advice(settings: TrainSettings, memory: Memory) -> str:
         (memory.activations if settings.batch_size > 1 else 0, f"lower batch_size ({settings.batch_size})"),
         (0 if settings.grad_checkpoint else 0.8 * memory.activations, "set grad_checkpoint"),
         (states if settings.fine_tune_type == "full" else 0, "set fine_tune_type lora"),
-        (memory.head, f"lower head_chunk ({settings.head_chunk})"),
+        (
+            memory.head,
+            f"lower head_chunk ({settings.head_chunk})" if settings.head_chunk else "set head_chunk 128",
+        ),
     ]
     ranked = sorted((h for h in helps if h[0] > 0), key=lambda h: -h[0])
     return ", ".join(text for _, text in ranked) or "take a smaller student"

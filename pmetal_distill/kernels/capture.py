@@ -85,7 +85,7 @@ def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array
     outputs: dispatch.Outputs = {"ids": ((n, k), mx.int32), "scores": ((n, k), mx.float32)}
     outputs |= {"lse": ((n,), mx.float32), "lowest": ((n,), mx.float32)}
     outputs |= {"curve": ((n, len(nodes)), mx.float32)}
-    rates = mx.array((*nodes, *[0.0] * (MAX_NODES - len(nodes))), mx.float32)
+    rates = dispatch.constants(*nodes, *[0.0] * (MAX_NODES - len(nodes)))
     inputs = {"z": logits, "rates": rates}
     return dispatch.launch(
         "capture", inputs, outputs, template=list(values.items()), groups=n, threads=shape.threads

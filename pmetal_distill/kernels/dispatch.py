@@ -97,6 +97,12 @@ def reset_engaged() -> None:
     _engaged.clear()
 
 
+@cache
+def constants(*values: float) -> mx.array:
+    """Numbers as float32 [n], made once: a device fetches memory that the host has written page by page."""
+    return mx.array(values, mx.float32)
+
+
 def large_enough(array: mx.array) -> mx.array:
     """The same elements in order, padded with zeros to at least 8 (as a vector) where there are fewer."""
     if array.size >= SMALLEST_ARRAY:

@@ -105,7 +105,7 @@ def head_outputs(n: int, k: int) -> dispatch.Outputs:
 def parameters(inverse: mx.array, *others: float) -> mx.array:
     """[1/T, others ..., 0 ...] as float32 [8]: numbers that all rows share."""
     rest = (*others, *[0.0] * (PARAMETERS - 1 - len(others)))
-    return mx.concatenate([inverse.astype(mx.float32).reshape(1), mx.array(rest, mx.float32)])
+    return mx.concatenate([inverse.astype(mx.float32).reshape(1), dispatch.constants(*rest)])
 
 
 def padded(columns: list[mx.array], width: int) -> mx.array:

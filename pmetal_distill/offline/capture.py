@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.host_results import to_numpy
 from pmetal_distill.kernels.capture import capture as capture_on_device
 from pmetal_distill.offline.row_capture import RowCapture, non_finite
 from schemas.arrays import Float32, TargetArrays
@@ -22,6 +23,7 @@ from schemas.spec import TargetSpec
 
 Rows = mx.array | npt.NDArray[Any]
 Place = Callable[[int], str]
+RESULT_ROWS = 512
 _TF32_BITS = np.uint32(0xFFFFE000)
 
 
@@ -99,7 +101,7 @@ def capture(
     if isinstance(logits, mx.array) and on_gpu():
         states = None if hidden is None else mx.array(hidden)
         queued = _queued(logits, states, spec, sketch)
-        return _received(queued, spec, lambda row: f"capture row {first_row + row}")
+        return _received(queued, len(logits), spec, lambda row: f"capture row {first_row + row}")
     return _on_host(logits, hidden, spec, sketch, lambda row: f"capture row {first_row + row}")
 
 
@@ -158,7 +160,7 @@ class PendingCapture:
             NonFiniteError, IncompatibleError: as in `capture`.
         """
         if self._queued is not None:
-            return _received(self._queued, self._spec, self._place)
+            return _received(self._queued, len(self._hidden), self._spec, self._place)
         if len(self._hidden):
             return TargetArrays.concatenate([self._on_host(start) for start in self._starts()])
         rank = self._sketch.rank if self._sketch else 0
@@ -180,16 +182,26 @@ class PendingCapture:
         for start in self._starts():
             parts.append(_queued(self._logits(start)[1], None, self._spec, of_logits))
             mx.async_eval(parts[-1])
-        columns = [mx.concatenate(parts)]
         if self._sketch is not None and of_logits is None:
-            columns.append(self._sketch.queued(self._hidden, None).view(mx.int32))
-        queued = mx.concatenate(columns, axis=-1)
+            columns = [mx.concatenate(parts), self._sketch.queued(self._hidden, None).view(mx.int32)]
+            parts = [mx.concatenate(columns, axis=-1)]
+        # Few sizes, so that the memory of one batch's result serves another's.
+        if short := -len(self._hidden) % RESULT_ROWS:
+            parts.append(mx.zeros((short, parts[0].shape[1]), mx.int32))
+        queued = mx.concatenate(parts)
         mx.async_eval(queued)
         return queued
 
     def _on_host(self, start: int) -> TargetArrays:
         states, logits = self._logits(start)
         return _on_host(logits, states, self._spec, self._sketch, lambda row: self._place(start + row))
+
+
+def rows_at_once(asked: int | None, vocab_size: int) -> int:
+    """Rows of logits that exist at once where nobody asked: 256; on a GPU a gigabyte of 16-bit ones."""
+    if asked is not None:
+        return asked
+    return min(max((1 << 29) // vocab_size // 256 * 256, 256), 8192) if on_gpu() else 256
 
 
 def on_gpu() -> bool:
@@ -232,9 +244,9 @@ def _queued(
     return mx.concatenate([found.ids, *(column.view(mx.int32) for column in columns)], axis=-1)
 
 
-def _received(queued: mx.array, spec: TargetSpec, place: Place) -> TargetArrays:
-    """Targets from what `_queued` makes; waits for it."""
-    bits = np.array(queued)
+def _received(queued: mx.array, num_rows: int, spec: TargetSpec, place: Place) -> TargetArrays:
+    """Targets from the first rows of what `_queued` makes; waits for it."""
+    bits = to_numpy(queued)[:num_rows]
     values = bits.view(np.float32)
     k, end = spec.k, 2 * spec.k + spec.num_nodes
     ok = np.isfinite(values[:, end : end + 2]).all(axis=1)
