@@ -22,6 +22,17 @@ defaults. An unknown key is an error that suggests the right one, a key given tw
 a number. Names behind the first are other names of the same key. Every key is also an option,
 `max_seq_len` as `--max-seq-len`, but for those that take mappings."""
 
+COMPLETION = r"""After this line, at the prompt or in its start-up file, a shell completes commands, options,
+choices and paths:
+
+| shell | line |
+|---|---|
+| bash | `eval "$(_PMETAL_PIPELINE_COMPLETE=bash_source pmetal-pipeline)"` |
+| zsh | `eval "$(_PMETAL_PIPELINE_COMPLETE=zsh_source pmetal-pipeline)"` |
+| fish | `_PMETAL_PIPELINE_COMPLETE=fish_source pmetal-pipeline \| source` |
+
+bash must be 4.4 or later; the one that comes with macOS is older, its zsh will do."""
+
 ERRORS = """# Every error text
 
 What the packages can raise, by what you were doing and by module;
@@ -33,7 +44,14 @@ messages for options that do not exist or do not parse (exit code 2)."""
 def reference(sources: Sources) -> str:
     """docs/reference.md."""
     parts = [NOTICE, INTRODUCTION, "## Commands", "Every command has these options:", commands.shared()]
-    parts += [commands.all_sections(), "## Configuration files", KEYS, keys.all_sections()]
+    parts += [
+        commands.all_sections(),
+        "## Completion",
+        COMPLETION,
+        "## Configuration files",
+        KEYS,
+        keys.all_sections(),
+    ]
     parts += ["## Exit codes and errors", facts.exit_section()]
     parts += ["## metrics.jsonl", "One object a line in a run's folder; `val_` keys where it was evaluated."]
     parts += [facts.metrics_section(), "## Environment variables", facts.variables_section()]
