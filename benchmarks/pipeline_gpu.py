@@ -1,13 +1,14 @@
 """The pipeline on a GPU: a random Llama of about 1B, V = 151936, bf16; kernels against plain operations.
 
-    python benchmarks/pipeline_gpu.py [--sequences 768 --checked 64 --length 1024 --iters 12] [--json PATH]
+    python benchmarks/pipeline_gpu.py [--sequences 2048 --checked 64 --length 1024 --iters 12] [--json PATH]
+    python benchmarks/pipeline_gpu.py --parts cache
 
 Prints tokens a second of the bare teacher (body and head on the same rows, nothing kept) and of `cache` with
-the kernels on, over all sequences, for each tail. Those of `cache` count all tokens from the first batch to
-the last commit; calibration, the reading of text and the hashing of weights stand beside them. Then, over
-fewer sequences, `cache` and `train` with the kernels and with PMETAL_KERNELS=plain, and how far the results
-are apart. The last run of `cache` of each tail is a profile (`benchmarks/phases.py`). Needs 40 GB of GPU
-memory.
+the kernels on, over all sequences, for each tail: a bucket with a head of 64, a sketch with its default of
+16. Those of `cache` count all tokens from the first batch to the last commit; calibration, the reading of
+text and the hashing of weights stand beside them. `--profile` adds a run with the seconds of each phase
+(`benchmarks/phases.py`). Then, over fewer sequences, `cache` and `train` with the kernels and with
+PMETAL_KERNELS=plain, and how far the results are apart. Needs 40 GB of GPU memory.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from pipeline.teacher import TeacherRunner
 from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
 from pmetal_distill.models import LoadedModel, load_model
-from pmetal_distill.offline.capture import PendingCapture
+from pmetal_distill.offline.capture import PendingCapture, rows_at_once
 from pmetal_distill.offline.reader import LogitCache
 from tests.tiny import random_model, save_tokenizer, tiny_config
 
@@ -58,7 +59,7 @@ class Check:
         width: hidden size.
         sequences, length: of the text.
         iters: training steps.
-        chunk: rows of logits that exist at once.
+        chunk: rows of logits that exist at once in stage one.
         step: of the sketch. A random model's logits spread less than a real one's: at 20 its coordinates
             take as many bytes as those of a real one at 60.
         checked: sequences of the part that is run with plain operations too.
@@ -91,7 +92,7 @@ class Check:
             sketch_step=self.step,
             max_seq_len=self.length,
             batch_size=8,
-            top_k=64,
+            top_k=64 if tail == "bucket" else 16,
             tail=tail,
             head_chunk=self.chunk,
             sequences_per_shard=32,
@@ -106,7 +107,6 @@ class Check:
             iters=self.iters,
             batch_size=8,
             learning_rate=1e-4,
-            head_chunk=self.chunk,
             steps_per_report=1,
         )
 
@@ -165,7 +165,7 @@ def bare_teacher(check: Check, teacher: LoadedModel, chunk: int, *, capture: boo
     runner = TeacherRunner(teacher, data, settings.batch_size)
     speeds = []
     mx.reset_peak_memory()
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
         for states in runner.run(range(data.num_sequences)):
             if capture:
@@ -222,9 +222,9 @@ def run_stage_one(
         check.add(f"  {phase}", seconds=took)
 
 
-def speed_of_stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float) -> None:
-    """`cache` with the kernels: the first run compiles them, the last is a profile."""
-    for name in ("first", "again", "profile"):
+def speed_of_stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float, *, profile: bool) -> None:
+    """`cache` with the kernels: the first run compiles them."""
+    for name in ("first", "again", *(["profile"] if profile else [])):
         run_stage_one(check, teacher, check.cache_settings(f"cache-{tail}", tail), name, bare=bare)
     shutil.rmtree(check.folder / f"cache-{tail}")
 
@@ -302,13 +302,15 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs=2, default=(16, 4), metavar=("TEACHER", "STUDENT"))
-    parser.add_argument("--sequences", type=int, default=768)
+    parser.add_argument("--sequences", type=int, default=2048)
     parser.add_argument("--checked", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--iters", type=int, default=12)
-    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, help="by default that of `cache`")
     parser.add_argument("--step", type=float, default=20.0)
     parser.add_argument("--tails", nargs="+", default=["bucket", "sketch"])
+    parser.add_argument("--parts", nargs="+", default=["cache", "train"], choices=["cache", "train"])
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         check = Check(
@@ -319,16 +321,17 @@ def main() -> int:
             options.sequences,
             options.length,
             options.iters,
-            options.chunk,
+            rows_at_once(options.chunk, options.vocab),
             options.step,
             options.checked,
         )
         teacher = prepare(check)
-        bare = bare_teacher(check, teacher, check.chunk)
-        bare_teacher(check, teacher, check.chunk, capture=True)
-        for tail in options.tails:
-            speed_of_stage_one(check, teacher, tail, bare)
-        for tail in options.tails:
+        if "cache" in options.parts:
+            bare = bare_teacher(check, teacher, check.chunk)
+            bare_teacher(check, teacher, check.chunk, capture=True)
+            for tail in options.tails:
+                speed_of_stage_one(check, teacher, tail, bare, profile=options.profile)
+        for tail in options.tails if "train" in options.parts else ():
             both_choices(check, teacher, tail)
             compare_caches(check, tail)
             stage_two(check, tail)

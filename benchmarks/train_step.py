@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                       both sizes, about four minutes on two CPU cores
     python benchmarks/train_step.py --sizes tiny
-    python benchmarks/train_step.py --sizes 1b --dtype bfloat16        for a GPU
+    python benchmarks/train_step.py --sizes 0.4b --dtype bfloat16      for a GPU
 
 `mlx_lm` is the compiled step of `mlx_lm.tuner.trainer`: `default_loss` and AdamW. `bucket` and `sketch` are
 steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,11 +64,12 @@ class Size:
 SIZES = {
     "tiny": Size(64, 4, 256, 4, 2, 1024, 4, 64, 32),
     "135m, 10 layers": Size(576, 10, 1536, 9, 3, 49152, 4, 256, 256),
+    "0.4b": Size(1024, 16, 4096, 16, 8, 128256, 8, 1024, 256),
     "1b": Size(2048, 16, 8192, 32, 8, 128256, 8, 1024, 256),
 }
 
 
-def write_inputs(folder: Path, size: Size) -> None:
+def write_inputs(folder: Path, size: Size, tails: Sequence[str]) -> None:
     """A student, a teacher of one block, text without packing, and a cache of each kind."""
     common: dict[str, Any] = {
         "vocab_size": size.vocab,
@@ -86,8 +87,8 @@ def write_inputs(folder: Path, size: Size) -> None:
         **common,
     )
     build_tiny_model(folder / "teacher", hidden_size=max(64, size.rank), num_layers=1, seed=1, **common)
-    write_letters(folder / "text.jsonl", documents=8 * size.batch, characters=3 * size.length)
-    for tail in TAILS:
+    write_letters(folder / "text.jsonl", documents=2 * size.batch, characters=3 * size.length)
+    for tail in tails:
         settings = CacheSettings(
             teacher=str(folder / "teacher"),
             data=str(folder / "text.jsonl"),
@@ -96,7 +97,7 @@ def write_inputs(folder: Path, size: Size) -> None:
             tail=tail,
             pack=False,
             sketch_rank=size.rank,
-            calibration_tokens=min(16384, 6 * size.batch * size.length),
+            calibration_tokens=min(4096, 4 * size.batch * size.length),
         )
         run_cache(settings, Console(quiet=True))
 
@@ -116,12 +117,12 @@ def full_batches(folder: Path, tail: str, size: Size) -> tuple[LogitCache, list[
         return cache, [batch for batch in batches if len(batch.token_ids) == size.batch]
 
 
-def cross_entropy_step(folder: Path, size: Size, dtype: mx.Dtype) -> Step:
+def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> Step:
     """One step of `mlx_lm.tuner.trainer.train`, at the same number of positions."""
     from mlx_lm.tuner.trainer import default_loss
 
     model, optimizer = student(folder, dtype).model, optim.AdamW(learning_rate=1e-5)
-    _, batches = full_batches(folder, "bucket", size)
+    _, batches = full_batches(folder, tail, size)
     ids = np.pad(batches[0].token_ids, ((0, 0), (0, 1)))
     batch = mx.array(ids), mx.array([[0, size.length - 1]] * size.batch)
     value_and_grad = nn.value_and_grad(model, default_loss)
@@ -181,10 +182,10 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
     """A table for one size."""
     dtype = getattr(mx, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), size)
-        steps = {"mlx_lm": cross_entropy_step(Path(folder), size, dtype)}
+        write_inputs(Path(folder), size, options.tails)
+        steps = {"mlx_lm": cross_entropy_step(Path(folder), options.tails[0], size, dtype)}
         reading = {}
-        for tail in TAILS:
+        for tail in options.tails:
             steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype)
         seconds = median_seconds(steps, options.rounds)
         peaks = {step: peak_bytes(steps[step]) for step in steps}
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["tiny", "135m, 10 layers"], choices=SIZES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tails", nargs="+", default=TAILS, choices=TAILS)
     options = parser.parse_args()
     print(f"MLX {mx.__version__}, {mx.default_device()}, NumPy {np.__version__}")
     for name in options.sizes:
