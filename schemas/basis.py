@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from schemas.arrays import Float32, Int32
 from schemas.errors import CorruptionError, IncompatibleError
 from schemas.predictor import SUBSTEPS, PredictorTables, SketchPredictor
-from schemas.sidecar import content_name, read_sidecar
 from schemas.spec import MAX_VOCAB_SIZE
 from schemas.strict import Fields, parse_object
 from schemas.tensors import Arrays, dump_tensors, parse_tensors
@@ -26,7 +24,6 @@ LEVELS = (3, 5, 15, 255, 65536)
 MAX_RANK = 4096
 MAX_GROUPS = 64
 MAX_META_BYTES = 1 << 16
-KIND = "basis"
 MIN_DEVIATIONS = 3.1
 NO_CEILING = 1e9
 MIN_STEP, MAX_STEP = 1e-6, 1e6
@@ -278,17 +275,3 @@ def plan_groups(spread: npt.ArrayLike, step: float) -> tuple[CoordinateGroup, ..
     choice = np.maximum.accumulate(choice[::-1])[::-1]
     edges = [0, *(np.flatnonzero(np.diff(choice)) + 1).tolist(), len(choice)]
     return tuple(CoordinateGroup(a, b, LEVELS[choice[a]]) for a, b in pairwise(edges))
-
-
-def basis_name(data: bytes) -> str:
-    """`basis-<first 16 hex digits of SHA-256>`, the file's name without its suffix."""
-    return content_name(KIND, data)
-
-
-def load_basis(path: Path, *, sha256: str | None = None) -> SketchBasis:
-    """Read a sidecar, checking its bytes against its name (and against the full hash when given).
-
-    Raises:
-        CorruptionError: missing, too large, damaged, or its bytes do not hash to its name.
-    """
-    return SketchBasis.from_bytes(read_sidecar(path, kind=KIND, sha256=sha256), where=path.name)

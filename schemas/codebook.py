@@ -5,7 +5,6 @@ other documents than the sample: ids 25.1 -> 21.5, curve 6.0 -> 4.2 bytes a toke
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +12,11 @@ import numpy.typing as npt
 from schemas.arrays import Int32, TargetArrays
 from schemas.errors import CorruptionError, IncompatibleError
 from schemas.grid import quantize_curve, quantize_logprobs
-from schemas.sidecar import content_name, read_sidecar
 from schemas.spec import MAX_VOCAB_SIZE, TargetSpec
 from schemas.tensors import dump_tensors, parse_tensors
 
 Int64 = npt.NDArray[np.int64]
 
-KIND = "codebook"
 ONE = 1 << 16
 MAX_WEIGHT = 1 << 24
 MAX_CONSTANT = 1 << 40
@@ -113,20 +110,6 @@ def predict_node(curve: Int32, node: int, predictor: Int64) -> Int64:
     """Predictions int64 [n] of one node from the nodes before it in `curve`, int32 [n, m]."""
     weights = predictor[node, 1 : 1 + node]
     return np.asarray((curve[:, :node] @ weights + predictor[node, 0]) >> 16, np.int64)
-
-
-def codebook_name(data: bytes) -> str:
-    """`codebook-<first 16 hex digits of SHA-256>`, the file's name without its suffix."""
-    return content_name(KIND, data)
-
-
-def load_codebook(path: Path, *, sha256: str | None = None) -> Codebook:
-    """Read a sidecar, checking its bytes against its name (and against the full hash when given).
-
-    Raises:
-        CorruptionError: missing, too large, damaged, or its bytes do not hash to its name.
-    """
-    return Codebook.from_bytes(read_sidecar(path, kind=KIND, sha256=sha256), where=path.name)
 
 
 def _is_permutation(order: Int32) -> bool:

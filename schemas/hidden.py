@@ -4,7 +4,6 @@ Bytes per token and layer at width 576: 594 as int8 with a float16 scale for eac
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,8 @@ from schemas.errors import CorruptionError, IncompatibleError, NonFiniteError
 from schemas.hidden_spec import HiddenSpec
 from schemas.layout import MAX_GROUP_BYTES
 from schemas.planes import Planes, from_column, to_column
-from schemas.sidecar import content_name, read_sidecar
 from schemas.tensors import dump_tensors, parse_tensors
 
-KIND = "hidden_basis"
 MAX_FLOAT16 = 65504.0
 _FORMAT = {"format": "pmetal-distill hidden basis", "version": "1"}
 
@@ -90,20 +87,6 @@ class HiddenBasis:
             return HiddenBasis(tensors["mean"], tensors["components"])
         except IncompatibleError as error:
             raise CorruptionError(f"{where}: {error}") from error
-
-
-def hidden_basis_name(data: bytes) -> str:
-    """`hidden_basis-<first 16 hex digits of SHA-256>`, the file's name without its suffix."""
-    return content_name(KIND, data)
-
-
-def load_hidden_basis(path: Path, *, sha256: str | None = None) -> HiddenBasis:
-    """Read a sidecar, checking its bytes against its name (and against the full hash when given).
-
-    Raises:
-        CorruptionError: missing, too large, damaged, or its bytes do not hash to its name.
-    """
-    return HiddenBasis.from_bytes(read_sidecar(path, kind=KIND, sha256=sha256), where=path.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

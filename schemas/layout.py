@@ -8,7 +8,6 @@ from schemas.basis import SketchBasis
 from schemas.packing import group_width
 from schemas.spec import TargetSpec
 
-TOKEN_COLUMNS = ("seq", "doc", "msk")
 MAX_GROUP_BYTES = 1 << 31
 
 

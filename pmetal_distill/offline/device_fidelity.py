@@ -31,7 +31,6 @@ class DeviceErrorMeter:
     ) -> None:
         self._spec = spec
         self._tail = tail
-        self._temperatures = temperatures
         self._tokens = 0
         self._features = mx.zeros((DIRECTIONS,))
         self._sums = {t: _Sums(spec.vocab_size) for t in temperatures}

@@ -20,11 +20,11 @@ from schemas.manifest import (
     FileRef,
     checksum_of,
 )
-from schemas.sidecar import MAX_SIDECAR_BYTES
 from schemas.tensors import MAX_HEADER_BYTES
 
 __all__ = ["DATASET", "FOLDERS", "SHARD_FILE", "Store"]
 
+MAX_SIDECAR_BYTES = 1 << 32
 MAX_TOKENIZER_BYTES = 1 << 28
 FOLDERS = ("shards", "commits", "bases", "tokenizer")
 SHARD_FILE = re.compile(r"(?:targets|hidden)-(\d{5,8})-[0-9a-f]{16}\.parquet")
