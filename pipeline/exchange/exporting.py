@@ -32,7 +32,7 @@ CARD = """\
 tags: [distillation, logits]
 configs:
 - config_name: default
-  data_files: data-*.parquet
+  data_files: data/*.parquet
 ---
 What a teacher says about every token of a text: {teacher}, exported from a pmetal-distill cache.
 
@@ -52,6 +52,8 @@ from datasets import load_dataset
 
 dataset = load_dataset("path/to/this/folder", split="train")
 ```
+
+or, without it, `pyarrow.parquet.read_table("path/to/this/folder/data")`.
 
 Vocabulary {vocab_size}; tokenizer in `tokenizer/`. Made from: {fingerprint}
 """
@@ -79,7 +81,8 @@ def export_lists(place: Path | str, out: Path, console: Console) -> dict[str, An
     cache = LogitCache(place)
     with new_folder(out) as draft:
         with console.progress("exporting", total=cache.num_tokens, unit="tokens") as progress:
-            files = write_files(cache, draft, progress)
+            (draft / "data").mkdir()
+            files = write_files(cache, draft / "data", progress)
         copy_tokenizer(cache, draft)
         (draft / "README.md").write_text(card(cache), encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in files)

@@ -30,7 +30,7 @@ def plain(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_lists(folder: Path) -> list[dict[str, Any]]:
-    files = sorted(folder.glob("data-*.parquet"))
+    files = sorted(folder.rglob("data-*.parquet"))
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
@@ -71,7 +71,8 @@ class TestLists:
 
     def test_types_and_card(self, own: Path, cli: Cli, tmp_path: Path) -> None:
         cli("export", own, "--out", tmp_path / "x")
-        (file,) = (tmp_path / "x").glob("*.parquet")
+        (file,) = (tmp_path / "x" / "data").iterdir()
+        assert pq.read_table(tmp_path / "x" / "data").num_rows == LogitCache(own).num_sequences
         types = {field.name: str(field.type) for field in pq.read_schema(file)}
         assert types["input_ids"] == "list<element: int32>"
         assert types["head_ids"] == "list<element: list<element: int32>>"
@@ -79,7 +80,7 @@ class TestLists:
         assert types["tail_mass"] == "list<element: float>"
         card = (tmp_path / "x" / "README.md").read_text()
         assert "`head_logprobs`" in card
-        assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "data-*.parquet"
+        assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "data/*.parquet"
         assert (tmp_path / "x" / "tokenizer" / "tokenizer.json").is_file()
 
     def test_large_caches_go_to_several_files(self, own: Path, tmp_path: Path) -> None:
