@@ -22,16 +22,17 @@ from pipeline.reporting.run_files import read_metrics
 
 TABLE, TEMPERATURE = "Python documentation", 2
 WIDTH, HEIGHT = 640.0, 300.0
+DECADES = (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+OURS = "ours, sketch"
 FAMILIES: dict[str, Callable[[str], bool]] = {
-    "ours, sketch": lambda name: name.startswith("ours") and "sketch" in name,
+    OURS: lambda name: name.startswith("ours") and "sketch" in name,
     "ours, top 64 + bucket": lambda name: name == "ours, top-64 + bucket",
-    "ours, top 64 renormalised": lambda name: name == "ours, top-64 renormalised",
+    "ours, top 64": lambda name: name == "ours, top-64 renormalised",
     "RS-KD, drawn at T = 2": lambda name: name.startswith("RS-KD") and name.endswith("T = 2"),
-    "RS-KD, drawn at T = 1, weighted": lambda name: name.startswith("RS-KD") and "weights" in name,
+    "RS-KD, drawn at T = 1": lambda name: name.startswith("RS-KD") and "weights" in name,
     "gmlx": lambda name: name.startswith("gmlx"),
-    "DistillKit, bucket": lambda name: name.startswith("DistillKit") and name.endswith("bucket"),
-    "DistillKit, renormalised": lambda name: name.startswith("DistillKit") and name.endswith("renormalised"),
-    "JSON lines, bucket": lambda name: name.startswith("vLLM") and name.endswith("bucket"),
+    "DistillKit": lambda name: name.startswith("DistillKit") and name.endswith("bucket"),
+    "JSON lines": lambda name: name.startswith("vLLM") and name.endswith("bucket"),
     "mlx-lm DWQ": lambda name: name.startswith("mlx-lm"),
     "mlx-kld": lambda name: name.startswith("mlx-kld"),
     "dense float16": lambda name: name.startswith("dense"),
@@ -96,14 +97,14 @@ def learning_curve(run: Path) -> Figure:
 
 
 def peers(rows: list[dict[str, Any]]) -> Figure:
-    """One point a kind of target, a line through what differs in size only; both axes logarithmic."""
+    """One point a kind of target, both axes logarithmic; a line through what differs in size only."""
     shown = [row for row in rows if TEMPERATURE in row["temperatures"]]
     series = []
     for family, matches in FAMILIES.items():
         points = sorted(
             (row["bytes"], row[f"gradient@{TEMPERATURE}"]) for row in shown if matches(row["name"])
         )
-        series += [Series(family, points, joined=len(points) > 1)] if points else []
+        series += [Series(family, points, joined=family == OURS)] if points else []
     said = "; ".join(
         f"{row['name']}: {row['bytes']:,.0f} bytes, error {row[f'gradient@{TEMPERATURE}']:.3g}"
         for row in shown
@@ -113,10 +114,10 @@ def peers(rows: list[dict[str, Any]]) -> Figure:
         f"Ways to keep a teacher: error of the gradient at T = {TEMPERATURE} against bytes",
         series,
         Axis("bytes a token on disk", log=True),
-        Axis("relative error of the gradient at the output layer", log=True),
+        Axis("relative error of the gradient at the output layer", log=True, ticks=DECADES),
         description=said,
         width=WIDTH + 120,
-        height=HEIGHT + 120,
+        height=HEIGHT + 220,
     )
 
 
