@@ -54,6 +54,24 @@ def numbers_of(iterator, count=10**9):
     return [b.numbers.tolist() for b in islice(iterator, count)]
 
 
+def test_no_footer_waits_for_the_garbage_collector(folder):
+    gc.collect()
+    gc.disable()
+    try:
+        cache = LogitCache(folder)
+        list(cache.batches(batch_size=4, seed=0, epochs=1, prefetch=0))
+        cache.close()
+        del cache
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kinds = {type(found).__name__ for found in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not kinds & {"FileMetaData", "ParquetSchema", "ParquetFile", "ndarray"}
+
+
 def test_every_sequence_reads_back_as_written(cache):
     assert cache.num_sequences == 23
     assert cache.num_tokens == lengths_of(23).sum() == cache.lengths.sum()
