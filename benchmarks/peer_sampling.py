@@ -1,6 +1,6 @@
 """Random sampling distillation as its paper describes it: unbiased samples of the teacher, not its top k.
 
-Written here from the paper, whose authors have published no code.
+Written here from the authors' poster and slides; they have published no code.
 """
 
 from collections.abc import Callable
