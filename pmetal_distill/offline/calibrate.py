@@ -353,19 +353,18 @@ def with_best_margin(
 ) -> tuple[SketchBasis, TailBasis | None]:
     """The basis of `codec` with the margin of least error; the coordinates do not depend on it.
 
-    On a GPU also as it is on the device.
+    On a GPU also as it is on the device. Memory: the sample's logits, and the sums of one margin at a time.
     """
     assert codec.basis is not None
     bases = [codec.basis.with_margin(margin) for margin in MARGINS]
     tails = TailBasis.with_margins(codec.basis, MARGINS) if on_gpu() else [None] * len(bases)
-    meters = [
-        _meter(codec.spec, basis, _MARGIN_TEMPERATURES, tail=tail)
-        for basis, tail in zip(bases, tails, strict=True)
-    ]
-    for rows, logits, targets in _stored_chunks(sample, codec, made):
-        for meter in meters:
+    chunks = list(_stored_chunks(sample, codec, made))
+    scores = []
+    for basis, tail in zip(bases, tails, strict=True):
+        meter = _meter(codec.spec, basis, _MARGIN_TEMPERATURES, tail=tail)
+        for rows, logits, targets in chunks:
             meter.add(logits, targets, rows)
-    scores = [sum(e.gradient for e in meter.result().values()) for meter in meters]
+        scores.append(sum(e.gradient for e in meter.result().values()))
     best = int(np.argmin(scores))
     return bases[best], tails[best]
 
