@@ -18,6 +18,7 @@ CLASSES = {
     if isinstance(value, type) and issubclass(value, errors.PmetalError)
 }
 CLICK = {"fail": "BadParameter"}
+"""What types of options (IntList, FloatList, TailList) raise through click."""
 DEPTH = 3
 SENTENCE = 10
 """Letters that make what a helper returns part of a message, where less is a value in it."""
