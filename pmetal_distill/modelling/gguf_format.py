@@ -136,7 +136,8 @@ class GGUFFile:
                     raise ModelError(
                         f"{self.path}: ends inside tensor '{name}'; copy or download the file again"
                     )
-                values = codec.decode(np.frombuffer(data, codec.dtype)).reshape(-1)
+                with np.errstate(all="ignore"):  # what is not finite is refused below
+                    values = codec.decode(np.frombuffer(data, codec.dtype)).reshape(-1)
                 out[at : at + values.size] = values
                 left, at = left - count, at + values.size
         if not np.isfinite(out).all():

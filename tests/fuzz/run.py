@@ -1,13 +1,17 @@
 """Coverage-guided fuzzing: `python -m tests.fuzz.run TARGET --seconds 60`; needs atheris, which Linux has.
 
-New inputs go to runs/fuzz/TARGET/corpus, findings to runs/fuzz/TARGET; once mended, a finding goes into
-tests/fuzz/seeds/TARGET as `found-...`. Memory is limited to 3 GB, an input to 10 seconds.
+It begins with the seeds and with tests/fuzz/corpus/TARGET.zip. New inputs go to runs/fuzz/TARGET/corpus and
+findings to runs/fuzz/TARGET; once mended, a finding goes into tests/fuzz/seeds/TARGET as `found-...`.
+`--minimise` makes the zip again: few inputs that reach all that those in runs/ reach. Memory is limited to
+3 GB, an input to 10 seconds.
 """
 
 import argparse
 import random
 import resource
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris
@@ -15,8 +19,9 @@ import atheris
 with atheris.instrument_imports(include=["schemas", "pmetal_distill", "yaml"]):
     from tests.fuzz.targets import TARGETS
 
+from tests.fuzz.corpus import read_corpus, write_corpus
 from tests.fuzz.mutate import flipped, mutated
-from tests.fuzz.seeds import FOLDER
+from tests.fuzz.seeds import FOLDER as SEEDS
 
 MEMORY_BYTES = 3 << 30
 MAX_INPUT_BYTES = 8192
@@ -28,31 +33,50 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
-    options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    parser.add_argument("--minimise", action="store_true")
+    options, of_fuzzer = parser.parse_known_args()
     place = Path("runs/fuzz") / options.target
-    (place / "corpus").mkdir(parents=True, exist_ok=True)
+    if options.minimise:
+        _minimise(options.target, place)
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    inputs = place / "corpus"
+    inputs.mkdir(parents=True, exist_ok=True)
+    for name, content in read_corpus(options.target).items():
+        (inputs / name).write_bytes(content)
+    folders = [str(inputs), str(SEEDS / options.target)]
+    _fuzz(options.target, place, of_fuzzer or [f"-max_total_time={options.seconds}", *folders])
 
+
+def _minimise(target: str, place: Path) -> None:
+    """Has libFuzzer merge the inputs, which ends its process."""
+    with tempfile.TemporaryDirectory() as fewest:
+        folders = [fewest, place / "corpus", SEEDS / target]
+        words = [sys.executable, "-m", "tests.fuzz.run", target, "-merge=1", *map(str, folders)]
+        subprocess.run(words, check=True)
+        write_corpus(target, [path.read_bytes() for path in Path(fewest).iterdir()])
+
+
+def _fuzz(target: str, place: Path, asked: list[str]) -> None:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         draw = random.Random(seed)
         if draw.random() < 0.3:
             return bytes(atheris.Mutate(data, max_size))
-        change = mutated(options.target, data, draw) if draw.random() < 0.8 else flipped(data, draw)
+        change = mutated(target, data, draw) if draw.random() < 0.8 else flipped(data, draw)
         return change[:max_size]
 
     arguments = [
-        sys.argv[0],
-        str(place / "corpus"),
-        str(FOLDER / options.target),
-        f"-max_total_time={options.seconds}",
+        # libFuzzer starts it again when it merges.
+        f"{sys.executable} -m tests.fuzz.run {target}",
         f"-max_len={MAX_INPUT_BYTES}",
         f"-timeout={SECONDS_PER_INPUT}",
         f"-rss_limit_mb={MEMORY_BYTES >> 20}",
         f"-artifact_prefix={place}/",
         "-print_final_stats=1",
         "-verbosity=1",
+        *asked,
     ]
-    atheris.Setup(arguments, lambda data: TARGETS[options.target](data) and None, custom_mutator=mutate)
+    atheris.Setup(arguments, lambda data: TARGETS[target](data) and None, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -13,6 +13,7 @@ from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import CommitRecord, Dataset, FileRef, hashed_name
 from schemas.spec import TargetSpec
 from tests.faults.forge import write_struct
+from tests.fuzz.corpus import read_corpus
 from tests.fuzz.mutate import mutated
 from tests.fuzz.seeds import FOLDER, seeds
 from tests.fuzz.targets import FINGERPRINT, TARGETS, folder
@@ -27,6 +28,14 @@ def test_sound_seeds_are_accepted_and_found_ones_do_no_harm(target: str) -> None
     for path in paths:
         accepted = TARGETS[target](path.read_bytes())
         assert accepted or not path.name.startswith("sound-"), path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_grown_inputs_do_no_harm(target: str) -> None:
+    inputs = read_corpus(target)
+    assert inputs
+    for data in inputs.values():
+        TARGETS[target](data)
 
 
 @pytest.mark.parametrize("target", TARGETS)
