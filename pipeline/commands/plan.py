@@ -13,7 +13,7 @@ from pipeline.settings import CacheSettings
 from schemas.errors import PmetalError
 
 GRID = ("tail", "top_k", "sketch_rank", "sketch_step")
-UNUSED = ("out", "resume")
+UNUSED = ("out", "resume", "sharded")
 
 
 class TailList(click.ParamType[Any]):
