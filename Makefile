@@ -2,7 +2,7 @@
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: setup demo test faults check fix clean help
+.PHONY: setup demo test docs faults check fix clean help
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -14,6 +14,10 @@ demo: setup ## distil a real model in a few minutes, without a network
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest -q
+
+docs: setup ## write the pages that are made out of the code
+	$(BIN)/python -m tools.reference
+	$(BIN)/python -m tools.tree
 
 faults: setup ## the long form of the fault-injection tests
 	$(BIN)/python -m pytest -q -m faults

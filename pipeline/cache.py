@@ -75,6 +75,7 @@ def _fill(
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
 
+    check_rank(settings, teacher)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
@@ -90,6 +91,19 @@ def _fill(
     ) as writer:
         run.write_missing(writer)
     return {**run.summary(), **describe_cache(settings.out)} if world.leads else {}
+
+
+def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
+    """Refuses a rank beyond the teacher's, before anything is computed.
+
+    Raises:
+        UsageError: with what it may be.
+    """
+    from pmetal_distill.offline.sketch import check_linear_rank
+
+    if settings.tail == "sketch" and (head := teacher.head) is not None and head.softcap is None:
+        size = teacher.hidden_size
+        check_linear_rank(settings.sketch_rank, hidden_size=size, vocab_size=teacher.vocab_size)
 
 
 def _size(data: PackedDataset) -> str:

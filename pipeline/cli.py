@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         advice = "check the path, its permissions and the space on its disk"
         click.echo(printable(f"error: {place}{error.strerror or error}; {advice}"), err=True)
         sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; what was committed is kept, --resume continues", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        said = str(stop) or "interrupted; what was committed is kept, --resume continues"
+        click.echo(printable(said), err=True)
         sys.exit(130)

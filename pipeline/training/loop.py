@@ -99,11 +99,10 @@ class Loop:
             if self.iteration > self.saved and (stopping or settings.save_every):
                 self._save(batches, metrics)
         if self.iteration < settings.iters:
-            console.note(
+            raise KeyboardInterrupt(
                 f"stopped behind batch {self.iteration:,} of {settings.iters:,}, its checkpoint is written; "
                 f"go on with 'pmetal-pipeline train -c {settings.out / 'config.yaml'} --resume'"
             )
-            raise KeyboardInterrupt
 
     def _step(self, batches: "BatchIterator") -> None:
         started = time.perf_counter()

@@ -136,7 +136,8 @@ def fit_basis_linear(
         UsageError: fewer calibration tokens, hidden dimensions or vocabulary entries than `rank`.
     """
     vocab_size, width = weight.shape
-    _check_rank(rank, tokens=moments.tokens, largest=min(width, vocab_size - 1), what="the hidden size")
+    check_linear_rank(rank, hidden_size=width, vocab_size=vocab_size)
+    _check_tokens(rank, moments.tokens)
     importance = metric(moments.meant)
     pieces = [slice(a, min(a + chunk, vocab_size)) for a in range(0, vocab_size, chunk)]
     factor = 1.0 if scale is None else float(scale)
@@ -195,7 +196,8 @@ def fit_basis_logits(
     """
     tokens, total, meant = _logit_totals(chunks)
     vocab_size = len(total)
-    _check_rank(rank, tokens=tokens, largest=vocab_size - 1, what="the vocabulary")
+    _check_largest(rank, vocab_size - 1, "the vocabulary")
+    _check_tokens(rank, tokens)
     importance = metric(meant)
     root, share = np.sqrt(importance).astype(np.float32), (importance / importance.sum()).astype(np.float32)
     mean = total / tokens
@@ -276,12 +278,24 @@ def _roots(gram: Float64) -> tuple[Float64, Float64]:
     return (axes * values) @ axes.T, (axes / values) @ axes.T
 
 
-def _check_rank(rank: int, *, tokens: float, largest: int, what: str) -> None:
+def check_linear_rank(rank: int, *, hidden_size: int, vocab_size: int) -> None:
+    """Refuses a rank that no sketch of a teacher with a linear head can have.
+
+    Raises:
+        UsageError: with what it may be.
+    """
+    _check_largest(rank, min(hidden_size, vocab_size - 1), "the hidden size")
+
+
+def _check_largest(rank: int, largest: int, what: str) -> None:
     if rank > largest:
         raise UsageError(
             f"sketch rank: must be at most {largest}, {what} of this teacher, found {rank}; "
             "give a smaller --sketch-rank"
         )
+
+
+def _check_tokens(rank: int, tokens: float) -> None:
     if tokens < rank:
         raise UsageError(
             f"calibration: tokens must be at least the sketch rank {rank}, found {tokens:g}; "

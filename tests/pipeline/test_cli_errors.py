@@ -49,6 +49,16 @@ class TestTeacher:
         assert "m.gguf" in got.err
         assert not out.exists()
 
+    def test_a_rank_beyond_the_hidden_size_is_refused_before_anything_is_computed(
+        self, cli: Cli, out: Path, text_file: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.calibration.Calibrator.learn", lambda self: pytest.fail("calibrated"))
+        got = cli("cache", "--teacher", tiny_teacher, "--data", text_file, "--out", out)
+        size = json.loads((tiny_teacher / "config.json").read_text())["hidden_size"]
+        assert got.code == 2
+        assert f"sketch rank: must be at most {size}, the hidden size of this teacher, found 256" in got.err
+        assert not out.exists()
+
 
 class TestData:
     @pytest.mark.parametrize(
