@@ -75,12 +75,12 @@ def _fill(
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
 
-    check_rank(settings, teacher)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
     hidden = hidden_spec(settings, teacher)
     data = read_data(settings, teacher)
+    check_rank(settings, teacher)
     console.note(_size(data))
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():
