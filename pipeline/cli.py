@@ -82,6 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(printable(f"error: {place}{error.strerror or error}; {advice}"), err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt) as stop:
-        said = str(stop) or "interrupted; what was committed is kept, --resume continues"
+        said = str(stop.__cause__ or stop) or "interrupted; what was committed is kept, --resume continues"
         click.echo(printable(said), err=True)
         sys.exit(130)
