@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.cache import describe, describe_cache, hidden_spec, read_data, target_spec
+from pipeline.cache import check_rank, describe, describe_cache, hidden_spec, read_data, target_spec
 from pipeline.calibration import CODEBOOK_TOKENS, HELD_BACK_TOKENS, Calibrator, Coding
 from pipeline.console import Console, table
 from pipeline.data import PackedDataset
@@ -227,6 +227,7 @@ def run_plan(
     teacher = load_model(base.teacher, trust_remote_code=base.trust_remote_code)
     for settings in tried:
         target_spec(settings, teacher.vocab_size)
+        check_rank(settings, teacher)
     data = read_data(base, teacher)
     wanted = sorted({*TEMPERATURES, *([target.temperature] if target else [])})
     planner = Planner(replace(largest, tail="sketch"), teacher, data, console, tuple(wanted))

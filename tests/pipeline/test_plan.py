@@ -65,6 +65,7 @@ def test_what_cannot_be_reached_is_said(planned: Any) -> None:
         (("--target-error", 0), "greater than 0"),
         (("--target-error", 0.1, "--temperature", 0.5), "at least 1"),
         (("--sketch-rank", 2000), "at least sketch_rank"),
+        (("--sketch-rank", 400), "the hidden size of this teacher"),
         (("--top-k", 4000), "at most"),
         (("--top-k", ""), "at least one value"),
         (("--tail", "fuzzy"), "not a list of sketch, bucket, none"),
