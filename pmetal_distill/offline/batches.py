@@ -120,9 +120,9 @@ class Feed:
     def _sequence(self, number: int, groups: OrderedDict[int, dict[int, StoredSequence]]) -> StoredSequence:
         group = self.group_of(number)
         if group not in groups:
-            groups[group] = self.load(group)
-            if len(groups) > self.order.window:
+            while len(groups) >= self.order.window:
                 groups.popitem(last=False)
+            groups[group] = self.load(group)
         groups.move_to_end(group)
         return groups[group][number]
 
