@@ -27,7 +27,7 @@ from schemas.hidden import HiddenCodec, Layers, decode_hidden
 from schemas.layout import MAX_GROUP_BYTES
 from schemas.manifest import CommitRecord, FileRef
 
-MAX_OPEN_FILES = 32
+MAX_OPEN_FILES = 16
 _SLACK_BYTES = 1 << 16
 _THRIFT_LIMIT = 1 << 24
 _DAMAGE = (OSError, pa.ArrowException, ValueError, MemoryError)
