@@ -8,10 +8,12 @@
 steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
 mlx-lm does not do. All take turns, so that a busy machine slows all of them; the median round counts. `read`
 is the time to read and decode a batch without prefetching, as a share of the step. `peak MB` is what one step
-more takes at most beyond what it finds there (weights, optimizer), by MLX's count and Python's (NumPy).
+more takes at most beyond what it finds there (weights, optimizer, a sketch's basis of 4 V (r + 1) bytes), by
+MLX's count and Python's (NumPy). How far it has come goes to stderr.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -38,11 +40,12 @@ from pipeline.console import Console
 from pipeline.settings import CacheSettings
 from pmetal_distill.config import DistillConfig
 from pmetal_distill.distiller import Distiller
-from pmetal_distill.models import load_model
+from pmetal_distill.models import LoadedModel, load_tokenizer, wrap_model
 from pmetal_distill.offline.reader import LogitCache
-from tests.tiny import build_tiny_model
+from tests.tiny import random_model, save_tokenizer, tiny_config
 
 TAILS = ("bucket", "sketch")
+STARTED = time.perf_counter()
 Step = Callable[[], Any]
 
 
@@ -69,25 +72,34 @@ SIZES = {
 }
 
 
-def write_inputs(folder: Path, size: Size, tails: Sequence[str]) -> None:
-    """A student, a teacher of one block, text without packing, and a cache of each kind."""
-    common: dict[str, Any] = {
-        "vocab_size": size.vocab,
-        "tokenizer_size": 320,
-        "max_position_embeddings": 4096,
-    }
-    build_tiny_model(
-        folder / "student",
-        hidden_size=size.width,
-        num_layers=size.layers,
-        intermediate_size=size.inner,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        head_dim=size.width // size.heads,
-        **common,
+def say(what: str) -> None:
+    """One line about how far it has come, to stderr."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+
+def model_config(size: Size, *, width: int, layers: int, **config: Any) -> dict[str, Any]:
+    """A Llama's config.json for the vocabulary of a size."""
+    return tiny_config(
+        hidden_size=width, num_layers=layers, vocab_size=size.vocab, max_position_embeddings=4096, **config
     )
-    build_tiny_model(folder / "teacher", hidden_size=max(64, size.rank), num_layers=1, seed=1, **common)
-    write_letters(folder / "text.jsonl", documents=2 * size.batch, characters=3 * size.length)
+
+
+def write_teacher(folder: Path, size: Size, dtype: mx.Dtype) -> None:
+    """A teacher of one block, just wide enough for the sketch."""
+    folder.mkdir()
+    config = model_config(size, width=max(64, size.rank), layers=1)
+    model = random_model(config, seed=1)
+    model.set_dtype(dtype)
+    model.save_weights(str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_tokenizer(folder)
+
+
+def write_inputs(folder: Path, size: Size, tails: Sequence[str], dtype: mx.Dtype) -> None:
+    """A teacher, text without packing for two batches of full length, and a cache of each kind."""
+    write_teacher(folder / "teacher", size, dtype)
+    write_letters(folder / "text.jsonl", documents=2 * size.batch, characters=4 * size.length // 3)
+    say("teacher and text written")
     for tail in tails:
         settings = CacheSettings(
             teacher=str(folder / "teacher"),
@@ -97,16 +109,27 @@ def write_inputs(folder: Path, size: Size, tails: Sequence[str]) -> None:
             tail=tail,
             pack=False,
             sketch_rank=size.rank,
-            calibration_tokens=min(4096, 4 * size.batch * size.length),
+            calibration_tokens=min(2048, 4 * size.batch * size.length),
         )
-        run_cache(settings, Console(quiet=True))
+        found = run_cache(settings, Console(quiet=True))
+        say(f"cache '{tail}' of {found['tokens']} tokens, calibration {found['calibration_seconds']:.1f} s")
 
 
-def student(folder: Path, dtype: mx.Dtype) -> Any:
-    loaded = load_model(folder / "student")
-    loaded.model.set_dtype(dtype)
-    mx.eval(loaded.model.parameters())
-    return loaded
+def student(folder: Path, size: Size, dtype: mx.Dtype) -> LoadedModel:
+    """The same random weights at every call, in memory only."""
+    config = model_config(
+        size,
+        width=size.width,
+        layers=size.layers,
+        intermediate_size=size.inner,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.width // size.heads,
+    )
+    model = random_model(config)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return wrap_model(model, load_tokenizer(folder / "teacher"), config)
 
 
 def full_batches(folder: Path, tail: str, size: Size) -> tuple[LogitCache, list[Any]]:
@@ -121,7 +144,7 @@ def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> 
     """One step of `mlx_lm.tuner.trainer.train`, at the same number of positions."""
     from mlx_lm.tuner.trainer import default_loss
 
-    model, optimizer = student(folder, dtype).model, optim.AdamW(learning_rate=1e-5)
+    model, optimizer = student(folder, size, dtype).model, optim.AdamW(learning_rate=1e-5)
     _, batches = full_batches(folder, tail, size)
     ids = np.pad(batches[0].token_ids, ((0, 0), (0, 1)))
     batch = mx.array(ids), mx.array([[0, size.length - 1]] * size.batch)
@@ -148,19 +171,20 @@ def distiller_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> tupl
     cache, batches = full_batches(folder, tail, size)
     reading = (time.perf_counter() - started) / len(batches)
     optimizer = optim.AdamW(learning_rate=1e-5)
-    distiller = Distiller(cache, student(folder, dtype), DistillConfig(), optimizer=optimizer)
+    distiller = Distiller(cache, student(folder, size, dtype), DistillConfig(), optimizer=optimizer)
     return lambda: distiller.step(batches[0]), reading
 
 
 def median_seconds(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Of each step, run in turns after two rounds that warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
+    for turn in range(rounds + 2):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             mx.synchronize()
             times[name].append(time.perf_counter() - start)
+            say(f"round {turn}, {name}: {times[name][-1]:.4f} s{', not counted' if turn < 2 else ''}")
     return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
@@ -182,11 +206,12 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
     """A table for one size."""
     dtype = getattr(mx, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), size, options.tails)
+        write_inputs(Path(folder), size, options.tails, dtype)
         steps = {"mlx_lm": cross_entropy_step(Path(folder), options.tails[0], size, dtype)}
         reading = {}
         for tail in options.tails:
             steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype)
+        say("students made")
         seconds = median_seconds(steps, options.rounds)
         peaks = {step: peak_bytes(steps[step]) for step in steps}
     print(f"\n{name}, {size}, {options.dtype}")
@@ -207,6 +232,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tails", nargs="+", default=TAILS, choices=TAILS)
     options = parser.parse_args()
+    say("imported")
     print(f"MLX {mx.__version__}, {mx.default_device()}, NumPy {np.__version__}")
     for name in options.sizes:
         report(name, SIZES[name], options)
