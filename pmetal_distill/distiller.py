@@ -6,7 +6,7 @@
         loss = distiller.step(batch)
 
 On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through `mx.compile`, which
-compiles anew for every new shape of a batch.
+compiles anew for every new shape of a batch. So does the optimizer's update, as in mlx-lm.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,11 @@ class Distiller:
             self.trained.aligner = aligner
         self._pairs = aligner.pairs if aligner is not None else ()
         self._options = HeadOptions(chunk_tokens=self.config.chunk_tokens)
+        on_gpu = mx.default_device() != mx.Device(mx.cpu)
+        self._compiles = on_gpu if self.config.compiled is None else self.config.compiled
         self._functions: dict[Any, Callable[..., tuple[LossParts, Gradients]]] = {}
+        update = _updating(self.optimizer, self.config)
+        self._update = mx.compile(update) if self._compiles else update
         self._pending: Gradients = None
         self._batches = 0
         self._taid = None if self.config.taid is None else self.config.taid.initial()
@@ -223,10 +227,7 @@ class Distiller:
     ) -> Callable[[Arrays], tuple[LossParts, Gradients]]:
         """Loss and gradients of inputs of this form; compiled where wanted, once a form."""
         run = nn.value_and_grad(self.trained, self._loss(template))
-        compiled = self.config.compiled
-        if compiled is None:
-            compiled = mx.default_device() != mx.Device(mx.cpu)
-        if not compiled:
+        if not self._compiles:
             return cast(Callable[[Arrays], tuple[LossParts, Gradients]], run)
         form = (template.kind, tuple(sorted(inputs)), tuple(sorted(inputs["target"])), template.bases)
         if form not in self._functions:
@@ -274,10 +275,10 @@ class Distiller:
             # In the order of rows, as read from a file: the norm's rounding depends on the order in memory.
             self._pending = tree_map(mx.contiguous, gradients)
             return
-        gradients = gradients if every == 1 else tree_map(lambda g: g / every, gradients)
-        if self.config.max_grad_norm is not None:
-            gradients, _ = optim.clip_grad_norm(gradients, self.config.max_grad_norm)
-        self.optimizer.update(self.trained, gradients)
+        parameters = self.trained.trainable_parameters()
+        self.optimizer.init(parameters)  # does nothing where its state is there
+        new, self.optimizer.state = self._update(gradients, parameters, self.optimizer.state)
+        self.trained.update(new)
         self._pending = None
         self.updates += 1
 
@@ -294,6 +295,22 @@ def _teacher(teacher: LoadedModel | LogitCache, vocab_size: int) -> Teacher:
         return CachedTeacher(teacher, vocab_size)
     teacher.model.eval()
     return LiveTeacher(teacher, vocab_size)
+
+
+def _updating(
+    optimizer: optim.Optimizer, config: DistillConfig
+) -> Callable[[Gradients, Any, Any], tuple[Any, Any]]:
+    """(sum of gradients, parameters, the optimizer's state) -> (parameters, state)."""
+
+    def update(gradients: Gradients, parameters: Any, state: Any) -> tuple[Any, Any]:
+        if (every := config.accumulation_steps) > 1:
+            gradients = tree_map(lambda g: g / every, gradients)
+        if config.max_grad_norm is not None:
+            gradients, _ = optim.clip_grad_norm(gradients, config.max_grad_norm)
+        optimizer.state = state
+        return optimizer.apply_gradients(gradients, parameters), optimizer.state
+
+    return update
 
 
 def _named(tree: Any) -> dict[str, mx.array]:

@@ -2,10 +2,13 @@
 
 Every product of a chunk is chained to the next chunk's inputs with `mx.depends`. Without that, MLX is free to
 make the logits of all chunks before it reduces the first. Logits and gradient rows are float32, products in
-the head's own type, the head's gradient is summed in float32.
+the head's own type, the head's gradient is summed in float32. Beside a student of 16 bits, gradients are made
+of a sketch's tail in float16, half the traffic; that rounds as TF32 does, in which GPUs multiply float32.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
 from itertools import pairwise
 
 import mlx.core as mx
@@ -13,6 +16,9 @@ import mlx.core as mx
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunk import Chunk
 from pmetal_distill.losses.job import HeadJob, StepResult, TokenRows
+from pmetal_distill.target import SoftTarget
+
+_TINY = 1e-30
 
 
 def step(hidden: mx.array, job: HeadJob) -> StepResult:
@@ -22,6 +28,8 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
         hidden: [N, d], any float type.
         job: what is wanted.
     """
+    if hidden.dtype in (mx.float16, mx.bfloat16):
+        job = replace(job, target=with_half_tail(job.target))
     parameters = job.parts.parameters()
     sums: dict[str, mx.array] = {}
     soft: list[mx.array] = []
@@ -72,6 +80,26 @@ def evaluate(hidden: mx.array, jobs: Sequence[HeadJob]) -> TokenRows:
         found.append([mx.where(counts, part, 0.0) for part in first])
     columns = zip(*found, strict=True)
     return TokenRows(*(mx.concatenate(list(parts), axis=-1) for parts in columns))
+
+
+def with_half_tail(target: SoftTarget) -> SoftTarget:
+    """The same with tail logits in float16 if it is a sketch.
+
+    Columns of the bases are scaled to a largest entry of 1, and the coordinates with them: neither leaves the
+    range of the type, as a product of both is part of a logit.
+    """
+    if target.coordinates is None or not target.bases:
+        return target
+    half = mx.float16
+    largest = reduce(mx.maximum, [mx.abs(basis.components).max(axis=0) for basis in target.bases])
+    scale = mx.maximum(largest, _TINY)
+    bases = [
+        replace(basis, mean=basis.mean.astype(half), components=(basis.components / scale).astype(half))
+        for basis in target.bases
+    ]
+    ceiling = None if target.tail_ceiling is None else target.tail_ceiling.astype(half)
+    coordinates = (target.coordinates * scale).astype(half)
+    return replace(target, bases=tuple(bases), coordinates=coordinates, tail_ceiling=ceiling)
 
 
 def _rank(logits: mx.array, tokens: mx.array) -> mx.array:

@@ -1,5 +1,6 @@
 """The chunked head against the float64 reference: both back ends, compiled or not."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from pmetal_distill.losses.chunked_head import Backend, HeadOptions, head_loss, 
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
 from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.losses.plain import with_half_tail
 from pmetal_distill.target import TargetKind
 from tests import reference
 from tests.pmetal_distill.head_cases import BACKENDS, PAIRS, Head, check, expected, run
@@ -127,6 +129,17 @@ def test_half_precision_models(dtype: mx.Dtype, backend: Backend) -> None:
         assert found.dtype == dtype
         close = np.abs(np.array(found.astype(mx.float32)) - wanted).max() / np.abs(wanted).max()
         assert close < 8 * unit
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_half_tail_keeps_its_digits_whatever_the_size_of_its_coordinates(size: float) -> None:
+    soft = make_case("sketch", Divergence(), vocab=300, k=7, num_tokens=20).target.at(2.0)
+    assert soft.coordinates is not None
+    bases = tuple(replace(basis, components=basis.components / size) for basis in soft.bases)
+    soft = replace(soft, bases=bases, coordinates=soft.coordinates * size)
+    half, wanted = with_half_tail(soft).tail_logits(), np.array(soft.tail_logits())
+    assert half.dtype == mx.float16
+    assert np.abs(np.array(half.astype(mx.float32)) - wanted).max() < 2**-10 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

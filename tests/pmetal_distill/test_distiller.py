@@ -148,6 +148,27 @@ def test_compiled_steps_equal_eager_ones(
     assert (runs[0][1], runs[1][1]) == (0, 1)
 
 
+def test_compiled_updates_equal_eager_ones(
+    teacher: LoadedModel, tiny_student: Path, dataloader: list[np.ndarray]
+) -> None:
+    results = []
+    for compiled in (False, True):
+        student = load_model(tiny_student)
+        config = DistillConfig(compiled=compiled, accumulation_steps=2, max_grad_norm=0.1)
+        parts = [optim.SGD(0.1, momentum=0.9), optim.AdamW(optim.cosine_decay(3e-3, 5))]
+        optimizer = optim.MultiOptimizer(parts, [lambda name, w: "mlp" in name])
+        distiller = Distiller(teacher, student, config, optimizer=optimizer)
+        totals(distiller, dataloader)
+        optimizer.state = {
+            "states": [{**state, "step": mx.array(0, mx.uint64)} for state in optimizer.state["states"]]
+        }
+        totals(distiller, dataloader)
+        assert [int(state["step"].item()) for state in optimizer.state["states"]] == [2, 2]
+        results.append(weights(student.model))
+    for name, value in results[0].items():
+        np.testing.assert_allclose(results[1][name], value, atol=1e-4, err_msg=name)
+
+
 def test_frozen_parameters_stay(
     teacher: LoadedModel, student: LoadedModel, dataloader: list[np.ndarray]
 ) -> None:
