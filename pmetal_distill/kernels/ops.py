@@ -27,8 +27,6 @@ class TeacherRows:
         ids: int32 [n, k]; k = 0 for a dense teacher.
         head: float32 [n, k], log-probabilities at T.
         tail: float32 [n], log of the mass outside the head at T; 0 for a dense teacher.
-        top: float32 [n], largest of `logits` outside the head.
-        soft: float32 [n], ln of the sum outside the head of exp((logits - top) / T).
         target: the same, for plain operations.
     """
 
@@ -36,8 +34,6 @@ class TeacherRows:
     ids: mx.array
     head: mx.array
     tail: mx.array
-    top: mx.array
-    soft: mx.array
     target: SoftTarget
 
 
@@ -82,23 +78,17 @@ def sparse_gradient(
 
 
 def teacher_rows(target: SoftTarget) -> TeacherRows:
-    """The second row operand: raw teacher logits and what normalises them (one read of them)."""
-    b = target.inv_temperature
+    """The second row operand: raw teacher logits; `dense_statistics` finds what normalises them."""
     if target.kind == "dense":
         logits = target.logits() if target.source is None or target.head is not None else target.source
         n = logits.shape[0]
-        ids, head, tail = mx.zeros((n, 0), mx.int32), mx.zeros((n, 0)), mx.zeros((n,))
-    else:
-        assert target.head_ids is not None
-        assert target.head_logprobs is not None
-        assert target.tail_logprobs is not None
-        logits, ids = target.tail_logits(), target.head_ids
-        head, tail = target.head_logprobs, target.tail_logprobs
-        n = logits.shape[0]
-    if not row.usable(logits, ids.shape[-1]):
-        return TeacherRows(logits, ids, head, tail, tail, tail, target)
-    sums = row.tail_sums(logits, ids, mx.full((n,), -1, mx.int32), b)
-    return TeacherRows(logits, ids, head, tail, sums.top, sums.soft, target)
+        return TeacherRows(logits, mx.zeros((n, 0), mx.int32), mx.zeros((n, 0)), mx.zeros((n,)), target)
+    assert target.head_ids is not None
+    assert target.head_logprobs is not None
+    assert target.tail_logprobs is not None
+    return TeacherRows(
+        target.tail_logits(), target.head_ids, target.head_logprobs, target.tail_logprobs, target
+    )
 
 
 def dense_statistics(
@@ -117,7 +107,7 @@ def dense_statistics(
     sums, other = pair.pair_sums(logits, t.logits, t.ids, labels, b, reverse=reverse)
     top, head, lse = _whole_row(sums)
     soft_lse = mx.logaddexp(sums.soft + (sums.top - top) * b, _logsumexp(head * b))
-    norms = _norms(top, soft_lse, t)
+    norms = pair.PairNorms(top, -soft_lse, other.top, t.tail - other.soft)
     if divergence.name in BY_SUMS:
         value, slope = _by_sums(sums, other, t, norms, b, divergence.name)
     else:
@@ -125,7 +115,14 @@ def dense_statistics(
         value = value + _balance(sums, t, norms, b, divergence)
     terms = _head_terms(head, soft_lse, t, b, divergence)
     return DenseStatistics(
-        top, lse, sums.label - top, soft_lse, value + row_sum(terms.value), slope + row_sum(terms.slope)
+        top,
+        lse,
+        sums.label - top,
+        soft_lse,
+        value + row_sum(terms.value),
+        slope + row_sum(terms.slope),
+        norms.teacher_offset,
+        norms.teacher_top,
     )
 
 
@@ -145,7 +142,7 @@ def dense_gradient(
     if not _usable(logits, teacher):
         plain_teacher = plain.teacher_rows(teacher.target)
         return plain.dense_gradient(logits, plain_teacher, labels, b, s, divergence, hard=hard, soft=soft)
-    norms = _norms(s.top, s.soft_lse, t)
+    norms = pair.PairNorms(s.top, -s.soft_lse, s.teacher_top, s.teacher_offset)
     soft = soft * b
     head = mx.take_along_axis(logits, t.ids, axis=-1).astype(mx.float32) - s.top[:, None]
     terms = _head_terms(head, s.soft_lse, t, b, divergence)
@@ -180,10 +177,6 @@ def _whole_row(sums: row.TailSums) -> tuple[mx.array, mx.array, mx.array]:
 
 def _logsumexp(scores: mx.array) -> mx.array:
     return row_logsumexp(scores) if scores.shape[-1] else mx.full(scores.shape[:1], -1.0e30)
-
-
-def _norms(top: mx.array, soft_lse: mx.array, t: TeacherRows) -> pair.PairNorms:
-    return pair.PairNorms(top, -soft_lse, t.top, t.tail - t.soft)
 
 
 def _weights(divergence: Divergence) -> pair.Weights | None:

@@ -46,6 +46,8 @@ class DenseStatistics(NamedTuple):
         soft_lse: [n], log sum exp((s - top) / T).
         value: [n], the divergence.
         slope: [n], sum of its derivatives with respect to log q.
+        teacher_offset, teacher_top: [n], what kernels turn raw teacher logits t into log-probabilities with:
+            (t - teacher_top) / T + teacher_offset; 0 and of no use where the rows are log-probabilities.
     """
 
     top: mx.array
@@ -54,6 +56,8 @@ class DenseStatistics(NamedTuple):
     soft_lse: mx.array
     value: mx.array
     slope: mx.array
+    teacher_offset: mx.array
+    teacher_top: mx.array
 
 
 def teacher_rows(target: SoftTarget) -> mx.array:
@@ -137,6 +141,8 @@ def dense_statistics(
         soft_lse,
         row_sum(terms.value),
         row_sum(terms.slope),
+        mx.zeros_like(top),
+        mx.zeros_like(top),
     )
 
 
