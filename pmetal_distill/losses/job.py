@@ -14,7 +14,7 @@ from pmetal_distill.target import SoftTarget
 from schemas.errors import IncompatibleError
 
 _LOGITS_BYTES = 1 << 26
-_LOGITS_BYTES_GPU = 1 << 30
+_LOGITS_BYTES_GPU = 1 << 29
 _LEAST_TOKENS = 128
 
 
@@ -91,7 +91,7 @@ class TokenRows(NamedTuple):
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk: 64 MiB of float32 logits on the CPU, 1 GiB on a GPU, but at least 128 tokens.
+    """Tokens per chunk: 64 MiB of float32 logits on the CPU, 512 MiB on a GPU, but at least 128 tokens.
 
     Each chunk reads and writes the head's whole gradient, so small chunks of a large vocabulary are slow.
     """
