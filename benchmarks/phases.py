@@ -1,7 +1,7 @@
 """Where the time of stage one goes: seconds by phase, summed over calls, on the main thread and beside it.
 
 Times are of wall clocks around functions, so phases of different threads overlap, and a thread that waits for
-the interpreter counts the wait. Splitting the wait for the device from the copy costs nothing.
+the interpreter counts the wait.
 """
 
 import importlib
@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import mlx.core as mx
-
 PHASES = {
     "main: queue forward passes": "pipeline.teacher:TeacherRunner._forward",
     "main: queue head and capture": "pmetal_distill.offline.capture:PendingCapture.__init__",
-    "main: wait for the device, copy": "pmetal_distill.offline.capture:_received",
-    "main: hand over, wait for threads": "pmetal_distill.offline.background:BackgroundWriter.add",
+    "main: wait for the device": "pipeline.stage_one:CapturedBatch.wait",
+    "threads: copy and check results": "pmetal_distill.offline.capture:PendingCapture.result",
+    "threads: hand over, wait for encoders": "pmetal_distill.offline.background:BackgroundWriter.add",
     "main: judge stretches": "pipeline.calibration:Calibrator.judge",
     "threads: encode": "pmetal_distill.offline.shard:ShardDraft.encode",
     "threads: write": "pmetal_distill.offline.shard:ShardDraft.write",
@@ -49,23 +48,17 @@ def timed() -> Iterator[dict[str, float]]:
 
 
 def _clock(phase: str, seconds: dict[str, float], lock: Any) -> Callable[[Any], Any]:
-    def add(name: str, started: float) -> None:
+    def add(started: float) -> None:
         with lock:
-            seconds[name] += time.perf_counter() - started
+            seconds[phase] += time.perf_counter() - started
 
     def around(function: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            if phase == "main: wait for the device, copy":
-                mx.eval(arguments[0])
-                add("main: wait for the device", started)
-                started, name = time.perf_counter(), "main: copy"
-            else:
-                name = phase
             try:
                 return function(*arguments, **named)
             finally:
-                add(name, started)
+                add(started)
 
         return run
 

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pipeline.teacher import TeacherRunner
 from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
 from pmetal_distill.models import LoadedModel, load_model
-from pmetal_distill.offline.capture import PendingCapture, rows_at_once
+from pmetal_distill.offline.capture import PendingCapture, even_bounds, rows_at_once
 from pmetal_distill.offline.reader import LogitCache
 from tests.tiny import random_model, save_tokenizer, tiny_config
 
@@ -171,8 +172,8 @@ def bare_teacher(check: Check, teacher: LoadedModel, chunk: int, *, capture: boo
             if capture:
                 PendingCapture(states.final, teacher.logits, spec, chunk=chunk)
                 continue
-            for first in range(0, len(states.final), chunk):
-                mx.async_eval(teacher.logits(states.final[first : first + chunk]))
+            for first, last in pairwise(even_bounds(len(states.final), chunk)):
+                mx.async_eval(teacher.logits(states.final[first:last]))
         mx.synchronize()
         speeds.append(data.num_tokens / (time.perf_counter() - start))
     name = f"{'captured' if capture else 'bare teacher'}, chunk {chunk}"

@@ -1,16 +1,21 @@
 """The loop of stage one: teacher states in, committed shards out.
 
-On a GPU the next two batches are queued while the results of one are copied, and threads encode and write
-meanwhile (`offline.background`): the teacher hardly ever waits. On the CPU a batch is done with before the
-next one begins. Memory beyond the teacher's body: the results of three batches, the row groups of the
-writer's threads, and on a GPU the logits of the chunks that are queued; whatever the size of a shard.
+On a GPU this thread does nothing but queue work, two batches ahead; one thread takes the results apart and
+others encode and write them (`offline.background`): the teacher hardly ever waits. On the CPU a batch is done
+with before the next one begins. Memory beyond the teacher's body: the results of five batches, the row groups
+of the writer's threads, and on a GPU the logits of the chunks that are queued; whatever the size of a shard.
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.calibration import Calibrator, Coding
@@ -22,8 +27,7 @@ from schemas.hidden_spec import HiddenSpec
 from schemas.spec import TargetSpec
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
+    from pmetal_distill.host_results import HostCopy
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.background import BackgroundWriter
     from pmetal_distill.offline.calibrate import DriftMonitor
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 
 QUEUED_BATCHES = 2
+RECEIVED_BATCHES = 2
+SWITCH_SECONDS = 0.0005
 T = TypeVar("T")
 
 
@@ -43,26 +49,31 @@ class CapturedBatch:
         coding: of the shard.
         states: the body's.
         capture: targets of the trained positions, perhaps still being computed.
-        layers: block -> float32 [B, L, d].
+        layers: block -> float32 [B, L, d], perhaps still being computed.
     """
 
     shard: int
     coding: Coding
     states: TeacherStates
     capture: "PendingCapture"
-    layers: "dict[int, mx.array]"
+    layers: "dict[int, HostCopy]"
+
+    def wait(self) -> None:
+        """Until the device is done; then any thread may call `sequences`."""
+        self.capture.wait()
+        for states in self.layers.values():
+            states.wait()
 
     def sequences(self) -> "Iterator[CapturedSequence]":
-        """The sequences with their targets; waits for the device.
+        """The sequences with their targets, once.
 
         Raises:
             NonFiniteError: NaN or infinity in a row.
         """
-        from pmetal_distill.host_results import to_numpy
         from pmetal_distill.offline.writer import CapturedSequence
 
         targets = self.capture.result()
-        layers = {index: to_numpy(states) for index, states in self.layers.items()}
+        layers = {index: states.take() for index, states in self.layers.items()}
         batch, starts = self.states.batch, self.states.starts
         for row, length in enumerate(batch.lengths):
             documents = batch.documents[row, :length]
@@ -135,14 +146,14 @@ class StageOne:
         with (
             self.console.progress("caching", total=total, unit="tokens") as progress,
             BackgroundWriter(writer) as out,
+            in_order(beside=on_gpu()) as do,
         ):
             batches = self._batches(writer, missing, learned, progress)
             shard = -1
             for batch in ahead(batches, QUEUED_BATCHES if on_gpu() else 0):
-                if batch.shard != shard:
-                    shard = batch.shard
-                    out.begin(shard, batch.coding.sidecars, measured=batch.coding.measured)
-                self._hand_over(batch, out, progress)
+                batch.wait()
+                do(partial(self._hand_over, batch, out, progress, new=batch.shard != shard))
+                shard = batch.shard
         self.pass_seconds += time.perf_counter() - started
 
     def summary(self) -> dict[str, Any]:
@@ -188,7 +199,11 @@ class StageOne:
                     shard, coded[1], states, self.teacher, self.spec, chunk=self.settings.head_chunk
                 )
 
-    def _hand_over(self, batch: CapturedBatch, out: "BackgroundWriter", progress: Progress) -> None:
+    def _hand_over(
+        self, batch: CapturedBatch, out: "BackgroundWriter", progress: Progress, *, new: bool
+    ) -> None:
+        if new:
+            out.begin(batch.shard, batch.coding.sidecars, measured=batch.coding.measured)
         for sequence in batch.sequences():
             out.add(sequence)
             self.tokens += len(sequence.token_ids)
@@ -207,9 +222,9 @@ def queue_batch(
     """Asks for the targets of a batch; a GPU begins with them."""
     import mlx.core as mx
 
-    from pmetal_distill.offline.capture import PendingCapture, on_gpu, rows_at_once
+    from pmetal_distill.host_results import HostCopy
+    from pmetal_distill.offline.capture import PendingCapture, rows_at_once
 
-    layers = {index: found.astype(mx.float32) for index, found in states.layers.items()}
     capture = PendingCapture(
         states.final,
         teacher.logits if teacher.splits else lambda logits: logits,
@@ -218,8 +233,7 @@ def queue_batch(
         chunk=rows_at_once(chunk, spec.vocab_size),
         place=states.place,
     )
-    if on_gpu():
-        mx.async_eval(layers)
+    layers = {index: HostCopy(found.astype(mx.float32)) for index, found in states.layers.items()}
     return CapturedBatch(shard, coding, states, capture, layers)
 
 
@@ -245,3 +259,42 @@ def ahead(items: Iterable[T], count: int) -> Iterator[T]:
             yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
+
+
+@contextmanager
+def in_order(*, beside: bool) -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Does pieces of work in the order in which they are given: at once, or beside the caller on one thread.
+
+    On a thread, up to `RECEIVED_BATCHES` pieces wait. What one raises, a later call or the end of the context
+    raises, and those behind it are not done; nor are they if the context ends by an exception. Meanwhile
+    threads hand the interpreter on ten times as often as usual, as the caller must not wait long for it.
+    """
+    if not beside:
+        yield lambda work: work()
+        return
+    waiting: deque[Future[None]] = deque()
+    stopped = Event()
+
+    def run(work: Callable[[], object]) -> None:
+        if not stopped.is_set():
+            try:
+                work()
+            except BaseException:
+                stopped.set()
+                raise
+
+    def give(work: Callable[[], object]) -> None:
+        while waiting and (len(waiting) > RECEIVED_BATCHES or waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(run, work))
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    with ThreadPoolExecutor(1, "receive") as pool:
+        try:
+            yield give
+            while waiting:
+                waiting.popleft().result()
+        finally:
+            stopped.set()
+            sys.setswitchinterval(usual)

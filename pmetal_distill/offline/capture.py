@@ -8,13 +8,14 @@ products of powers of one exponential. `python benchmarks/fidelity.py` times it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pmetal_distill.host_results import to_numpy
+from pmetal_distill.host_results import HostCopy, to_numpy
 from pmetal_distill.kernels.capture import capture as capture_on_device
 from pmetal_distill.offline.row_capture import RowCapture, non_finite
 from schemas.arrays import Float32, TargetArrays
@@ -23,7 +24,6 @@ from schemas.spec import TargetSpec
 
 Rows = mx.array | npt.NDArray[Any]
 Place = Callable[[int], str]
-RESULT_ROWS = 512
 _TF32_BITS = np.uint32(0xFFFFE000)
 
 
@@ -100,8 +100,8 @@ def capture(
     _check_logits(logits, spec)
     if isinstance(logits, mx.array) and on_gpu():
         states = None if hidden is None else mx.array(hidden)
-        queued = _queued(logits, states, spec, sketch)
-        return _received(queued, len(logits), spec, lambda row: f"capture row {first_row + row}")
+        found = to_numpy(_queued(logits, states, spec, sketch))
+        return _received(found, spec, lambda row: f"capture row {first_row + row}")
     return _on_host(logits, hidden, spec, sketch, lambda row: f"capture row {first_row + row}")
 
 
@@ -130,8 +130,8 @@ def capture_hidden(
 class PendingCapture:
     """A `capture_hidden` that a GPU works on while the caller does something else.
 
-    On a GPU the whole of it is queued at once, and `result` waits for it and not for what was queued since;
-    on the CPU, whose cores the forward pass keeps busy anyway, `result` does the work. Takes the arguments of
+    On a GPU the whole of it is queued at once, and `wait` waits for it and not for what was queued since; on
+    the CPU, whose cores the forward pass keeps busy anyway, `result` does the work. Takes the arguments of
     `capture_hidden`, and `place`: number of a row -> its name for messages.
     """
 
@@ -153,6 +153,11 @@ class PendingCapture:
         self._place = place
         self._queued = self._queue() if on_gpu() and len(hidden) else None
 
+    def wait(self) -> None:
+        """Until a GPU is done; for the thread that uses MLX. Any other may then call `result`."""
+        if self._queued is not None:
+            self._queued.wait()
+
     def result(self) -> TargetArrays:
         """The targets; call it once.
 
@@ -160,48 +165,55 @@ class PendingCapture:
             NonFiniteError, IncompatibleError: as in `capture`.
         """
         if self._queued is not None:
-            return _received(self._queued, len(self._hidden), self._spec, self._place)
+            return _received(self._queued.take(), self._spec, self._place)
         if len(self._hidden):
-            return TargetArrays.concatenate([self._on_host(start) for start in self._starts()])
+            starts = range(0, len(self._hidden), self._chunk)
+            return TargetArrays.concatenate([self._on_host(start) for start in starts])
         rank = self._sketch.rank if self._sketch else 0
         return TargetArrays.empty(0, k=self._spec.k, num_nodes=self._spec.num_nodes, rank=rank)
 
-    def _starts(self) -> range:
-        return range(0, len(self._hidden), self._chunk)
-
-    def _logits(self, start: int) -> tuple[mx.array, mx.array]:
-        states = self._hidden[start : start + self._chunk]
+    def _logits(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        states = self._hidden[start:stop]
         logits = self._logits_of(states)
         _check_logits(logits, self._spec)
         return states, logits
 
-    def _queue(self) -> mx.array:
+    def _queue(self) -> HostCopy:
         """Queues chunk after chunk, so that the logits of one are given up before those of the next."""
         of_logits = self._sketch if self._sketch and self._sketch.source == "logits" else None
         parts = []
-        for start in self._starts():
-            parts.append(_queued(self._logits(start)[1], None, self._spec, of_logits))
+        for start, stop in pairwise(even_bounds(len(self._hidden), self._chunk)):
+            parts.append(_queued(self._logits(start, stop)[1], None, self._spec, of_logits))
             mx.async_eval(parts[-1])
         if self._sketch is not None and of_logits is None:
             columns = [mx.concatenate(parts), self._sketch.queued(self._hidden, None).view(mx.int32)]
-            parts = [mx.concatenate(columns, axis=-1)]
-        # Few sizes, so that the memory of one batch's result serves another's.
-        if short := -len(self._hidden) % RESULT_ROWS:
-            parts.append(mx.zeros((short, parts[0].shape[1]), mx.int32))
-        queued = mx.concatenate(parts)
-        mx.async_eval(queued)
-        return queued
+            return HostCopy(mx.concatenate(columns, axis=-1))
+        return HostCopy(mx.concatenate(parts))
 
     def _on_host(self, start: int) -> TargetArrays:
-        states, logits = self._logits(start)
+        states, logits = self._logits(start, start + self._chunk)
         return _on_host(logits, states, self._spec, self._sketch, lambda row: self._place(start + row))
 
 
 def rows_at_once(asked: int | None, vocab_size: int) -> int:
-    """Rows of logits that exist at once where nobody asked: 256; on a GPU a gigabyte of 16-bit ones."""
+    """Rows of logits that exist at once where nobody asked: 256 on a CPU.
+
+    On a GPU a gigabyte of 16-bit ones, or two where the GPU has memory of its own (CUDA).
+    """
     if asked is not None:
         return asked
-    return min(max((1 << 29) // vocab_size // 256 * 256, 256), 8192) if on_gpu() else 256
+    most = 1 << (30 if mx.cuda.is_available() else 29)
+    return min(max(most // vocab_size // 256 * 256, 256), 8192) if on_gpu() else 256
+
+
+def even_bounds(rows: int, chunk: int) -> list[int]:
+    """0, ..., `rows`: bounds of as few chunks as possible, nearly equal, multiples of 256 where these allow it.
+
+    A small rest of rows would not fill a device.
+    """
+    size = -(-rows // -(-rows // chunk))
+    size = min(chunk, -(-size // 256) * 256)
+    return [*range(0, rows, size), rows]
 
 
 def on_gpu() -> bool:
@@ -244,9 +256,8 @@ def _queued(
     return mx.concatenate([found.ids, *(column.view(mx.int32) for column in columns)], axis=-1)
 
 
-def _received(queued: mx.array, num_rows: int, spec: TargetSpec, place: Place) -> TargetArrays:
-    """Targets from the first rows of what `_queued` makes; waits for it."""
-    bits = to_numpy(queued)[:num_rows]
+def _received(bits: npt.NDArray[np.int32], spec: TargetSpec, place: Place) -> TargetArrays:
+    """Targets from what `_queued` makes."""
     values = bits.view(np.float32)
     k, end = spec.k, 2 * spec.k + spec.num_nodes
     ok = np.isfinite(values[:, end : end + 2]).all(axis=1)

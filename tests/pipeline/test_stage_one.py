@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from pipeline.cache import in_background, run_cache
 from pipeline.calibration import Calibrator
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
-from pipeline.stage_one import ahead
+from pipeline.stage_one import RECEIVED_BATCHES, ahead, in_order
 from pipeline.teacher import TeacherRunner
 from pmetal_distill.models import load_model, model_fingerprint
 from pmetal_distill.offline import capture
@@ -207,3 +210,58 @@ def test_work_in_background_gives_its_value_or_its_error(tiny_teacher: Path) -> 
     waiting = in_background(failing)
     with pytest.raises(OSError, match="unreadable"):
         waiting()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_work_is_done_in_order_up_to_an_error(beside: bool) -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.002 * (number % 3))
+        if number == 7:
+            raise NonFiniteError("number 7")
+        done.append(number)
+
+    def do_all(numbers: range) -> None:
+        with in_order(beside=beside) as do:
+            for number in numbers:
+                do(partial(work, number))
+
+    do_all(range(7))
+    assert done == list(range(7))
+    with pytest.raises(NonFiniteError, match="number 7"):
+        do_all(range(5, 20))
+    assert done == [*range(7), 5, 6]
+
+
+def test_work_beside_the_caller_stops_with_it() -> None:
+    usual, started, going = sys.getswitchinterval(), threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def blocked() -> None:
+        started.set()
+        going.wait(10)
+
+    def interrupted() -> None:
+        with in_order(beside=True) as do:
+            do(blocked)
+            do(lambda: done.append(1))
+            started.wait(10)
+            threading.Timer(0.05, going.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not done
+    assert sys.getswitchinterval() == usual
+
+
+def test_few_pieces_of_work_wait_beside_the_caller() -> None:
+    going = threading.Event()
+    with in_order(beside=True) as do:
+        do(partial(going.wait, 10))
+        threading.Timer(0.1, going.set).start()
+        start = time.perf_counter()
+        for _ in range(RECEIVED_BATCHES + 1):
+            do(lambda: None)
+        assert time.perf_counter() - start > 0.05
