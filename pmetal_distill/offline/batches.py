@@ -1,21 +1,24 @@
-"""An iterator of batches with a position that can be saved, fed by a thread that makes NumPy arrays only.
+"""An iterator of batches with a position that can be saved, fed by threads that make NumPy arrays only.
 
-Memory: the decoded row groups of one window (about 1.3 kB a token at k=16, r=256) and `prefetch` batches.
+One thread makes batches ahead; behind it, one to four (by cores) load the row groups that will be needed.
+
+Memory: the decoded row groups of one window (about 1.3 kB a token at k=16, r=256), one more for each loading
+thread and one besides, what decoding takes in each (some 20 MB at 4,096 tokens a group), `prefetch` batches.
 """
 
 import queue
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, tee
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.offline.ahead import RowGroups, default_threads
 from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
 from pmetal_distill.offline.order import Order, Position, make_order
 from schemas.arrays import TargetArrays
@@ -49,7 +52,7 @@ class Sequences:
         members: sequence numbers of each row group, ascending.
         group_of: the row group that holds a sequence.
         longest: tokens in the longest of some sequences.
-        load: all sequences of a row group, by number.
+        load: all sequences of a row group, by number; is called from several threads at once.
         empty: targets of no tokens.
     """
 
@@ -62,6 +65,14 @@ class Sequences:
     empty: TargetArrays
 
 
+class Place(NamedTuple):
+    """A sequence, where it lies, and whether it is the last of its row group for now."""
+
+    number: int
+    group: int
+    last: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """Which part of each global batch this process takes: slice `rank` of `world_size`."""
@@ -69,10 +80,9 @@ class Share:
     rank: int
     world_size: int
 
-    def of(self, numbers: list[int]) -> list[int]:
-        """A contiguous, nearly equal slice; all of them together are `numbers`."""
-        size = len(numbers)
-        return numbers[self.rank * size // self.world_size : (self.rank + 1) * size // self.world_size]
+    def of(self, size: int) -> range:
+        """A contiguous, nearly equal part of `size` sequences; all of them together are the whole."""
+        return range(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +96,7 @@ class Feed:
         group_of: the row group that holds a sequence.
         load: all stored sequences of a row group, by number.
         collate: pad and stack; told the whole global batch, so that all ranks pad alike.
+        threads: that load row groups ahead; 0 loads each when it is needed.
     """
 
     order: Order
@@ -94,37 +105,74 @@ class Feed:
     group_of: Callable[[int], int]
     load: Callable[[int], dict[int, StoredSequence]]
     collate: Callable[[list[StoredSequence], list[int]], Batch]
+    threads: int
 
     def run(self, start: Position) -> Iterator[tuple[Batch, Position]]:
         """Batches from a position on, each with the position after it."""
-        groups: OrderedDict[int, dict[int, StoredSequence]] = OrderedDict()
-        for numbers, after in self._global_batches(start):
-            mine = [self._sequence(n, groups) for n in self.share.of(numbers)]
-            yield self.collate(mine, numbers), after
+        batches, ahead = tee(self._global_batches(start))
+        window = self.order.window
+        with RowGroups(
+            self.load,
+            self._uses(places for places, _ in ahead),
+            threads=self.threads,
+            room=window + self.threads + 1,
+            keep=len(self.order.groups) <= window,
+        ) as groups:
+            held: dict[int, dict[int, StoredSequence]] = {}
+            for places, after in batches:
+                groups.look_ahead()
+                mine = self._sequences(places, groups, held)
+                groups.look_ahead()
+                yield self.collate(mine, [place.number for place in places]), after
 
-    def _global_batches(self, start: Position) -> Iterator[tuple[list[int], Position]]:
+    def _sequences(
+        self,
+        places: list[Place],
+        groups: RowGroups[dict[int, StoredSequence]],
+        held: dict[int, dict[int, StoredSequence]],
+    ) -> list[StoredSequence]:
+        """This process's part of a global batch; `held` are the row groups in use."""
+        mine, found = self.share.of(len(places)), []
+        for i, (number, group, last) in enumerate(places):
+            if i in mine:
+                if group not in held:
+                    held[group] = groups.take(group)
+                found.append(held[group][number])
+            if last and held.pop(group, None) is not None:
+                groups.release(group)
+        return found
+
+    def _uses(self, batches: Iterator[list[Place]]) -> Iterator[int]:
+        """The row groups in the order in which `_sequences` takes them."""
+        held: set[int] = set()
+        for places in batches:
+            mine = self.share.of(len(places))
+            for i, place in enumerate(places):
+                if i in mine and place.group not in held:
+                    held.add(place.group)
+                    yield place.group
+                if place.last:
+                    held.discard(place.group)
+
+    def _global_batches(self, start: Position) -> Iterator[tuple[list[Place], Position]]:
         size = self.order.num_sequences
         stream = self._stream(start)
         position = start
-        while numbers := list(islice(stream, start.batch_size)):
-            reached = position.position + len(numbers)
+        while places := list(islice(stream, start.batch_size)):
+            reached = position.position + len(places)
             position = replace(position, epoch=position.epoch + reached // size, position=reached % size)
-            yield numbers, position
+            yield places, position
 
-    def _stream(self, start: Position) -> Iterator[int]:
+    def _stream(self, start: Position) -> Iterator[Place]:
         epoch, skip = start.epoch, start.position
         while self.epochs is None or epoch < self.epochs:
-            yield from self.order.epoch(epoch, start=skip)
+            for window in self.order.windows(epoch, start=skip):
+                numbers = window.tolist()
+                groups = [self.group_of(number) for number in numbers]
+                last = {group: i for i, group in enumerate(groups)}
+                for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
+                    yield Place(number, group, last[group] == i)
             epoch, skip = epoch + 1, 0
-
-    def _sequence(self, number: int, groups: OrderedDict[int, dict[int, StoredSequence]]) -> StoredSequence:
-        group = self.group_of(number)
-        if group not in groups:
-            while len(groups) >= self.order.window:
-                groups.popitem(last=False)
-            groups[group] = self.load(group)
-        groups.move_to_end(group)
-        return groups[group][number]
 
 
 class BatchIterator(Iterator[Batch]):
@@ -233,6 +281,7 @@ def read_batches(
         group_of=sequences.group_of,
         load=sequences.load,
         collate=pad,
+        threads=default_threads() if prefetch else 0,
     )
     iterator = BatchIterator(feed, Position(0, 0, seed, window, batch_size, order.root), prefetch=prefetch)
     if (state := options.get("state")) is not None:

@@ -100,8 +100,8 @@ class Order:
         """Sequences an epoch."""
         return sum(map(len, self.groups))
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[int]:
-        """Sequence numbers of one epoch, from the `start`-th on; windows before it cost nothing."""
+    def windows(self, epoch: int, *, start: int = 0) -> Iterator[Int64]:
+        """Sequence numbers of one epoch by window, from the `start`-th on; windows before it cost nothing."""
         permuted = self._permute(np.arange(len(self.groups)), f"{epoch}")
         seen = 0
         for first in range(0, len(permuted), self.window):
@@ -109,7 +109,7 @@ class Order:
             size = sum(map(len, members))
             if seen + size > start:
                 window = self._permute(np.concatenate(members), f"{epoch}:{first}")
-                yield from window[max(0, start - seen) :].tolist()
+                yield window[max(0, start - seen) :]
             seen += size
 
     def _permute(self, items: Int64, stream: str) -> Int64:

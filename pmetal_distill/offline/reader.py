@@ -3,8 +3,9 @@
 Opening costs the commit records and sidecars; each shard is hashed (1 GB/s) before its first use.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from pmetal_distill.offline.batch import StoredSequence
 from pmetal_distill.offline.batches import BatchIterator, Sequences, read_batches
 from pmetal_distill.offline.index import SequenceIndex
-from pmetal_distill.offline.shard_reader import Shard, ShardReader
+from pmetal_distill.offline.shard_reader import CheckedFiles, Shard, ShardReader
 from pmetal_distill.offline.store import Store
 from schemas.arrays import TargetArrays
 from schemas.basis import SketchBasis
@@ -65,7 +66,7 @@ class LogitCache:
         self.store = Store.open(path)
         self.hidden_layers = tuple(hidden_layers)
         self._verify = verify_hashes != "never"
-        self._checked: set[object] = set()
+        self._checked = CheckedFiles()
         self.records = self._read_records(allow_partial)
         self._files: dict[str, Any] = {}
         self._full_bases = self._read_bases()
@@ -216,20 +217,20 @@ class LogitCache:
             shuffle: false keeps the order of the data.
             window: row groups shuffled together; memory grows with it.
             subset: sequence numbers to read instead of all.
-            prefetch: batches made ahead by a thread; 0 makes them on demand.
+            prefetch: batches made ahead by a thread, with row groups loaded ahead by others; 0 makes them on
+                demand.
             pad_multiple, length: L is the longest sequence of the global batch rounded up, or fixed.
 
         Raises:
             IncompatibleError: options out of bounds, or a state of another order.
         """
-        reader = self._new_reader()
         sequences = Sequences(
             self.root,
             self.text,
             self._index.members(),
             self._index.group_of,
             self._index.longest,
-            load=lambda group: self._load(group, reader),
+            load=self._loader(),
             empty=self._empty(),
         )
         return read_batches(
@@ -310,6 +311,17 @@ class LogitCache:
 
     def _empty(self) -> TargetArrays:
         return TargetArrays.empty(0, k=self._k, num_nodes=self.spec.num_nodes, rank=self._rank)
+
+    def _loader(self) -> Callable[[int], dict[int, StoredSequence]]:
+        """Loads row groups in any thread, in each with a reader of its own."""
+        own = threading.local()
+
+        def load(index: int) -> dict[int, StoredSequence]:
+            if not hasattr(own, "reader"):
+                own.reader = self._new_reader()
+            return self._load(index, own.reader)
+
+        return load
 
     def _load(self, index: int, reader: ShardReader) -> dict[int, StoredSequence]:
         """All sequences of a row group."""

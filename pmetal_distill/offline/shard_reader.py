@@ -6,9 +6,11 @@ and page headers promise is held against the commit record once per open file, b
 """
 
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -60,10 +62,23 @@ class Shard:
         return range(start, start + len(self.record.groups[group]))
 
 
-class ShardReader:
-    """Reads row groups; one per thread. `checked` is shared, so that a file is hashed once."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedFiles:
+    """What all readers of a cache know of its files.
 
-    def __init__(self, store: Store, *, checked: set[object], verify: bool) -> None:
+    Attributes:
+        seen: files and footers that were found sound.
+        opening: held by the one that fetches, hashes and opens a file.
+    """
+
+    seen: set[object] = field(default_factory=set)
+    opening: AbstractContextManager[object] = field(default_factory=threading.Lock)
+
+
+class ShardReader:
+    """Reads row groups; one per thread. `checked` is shared, so that a file is fetched and hashed once."""
+
+    def __init__(self, store: Store, *, checked: CheckedFiles, verify: bool) -> None:
         self._store = store
         self._checked = checked
         self._verify = verify
@@ -148,17 +163,21 @@ class ShardReader:
         if ref.name in self._open:
             self._open.move_to_end(ref.name)
             return self._open[ref.name]
-        try:
-            file = self._opened(ref)
-        except CorruptionError:
-            if self._store.mirror is None:
-                raise
-            self._store.mirror.drop("shards", ref)
-            file = self._opened(ref)
+        with self._checked.opening:
+            file = self._opened_or_fetched_again(ref)
         self._open[ref.name] = file
         if len(self._open) > MAX_OPEN_FILES:
             self._open.popitem(last=False)[1].handle.close()
         return file
+
+    def _opened_or_fetched_again(self, ref: FileRef) -> OpenFile:
+        try:
+            return self._opened(ref)
+        except CorruptionError:
+            if self._store.mirror is None:
+                raise
+            self._store.mirror.drop("shards", ref)
+            return self._opened(ref)
 
     def _opened(self, ref: FileRef) -> OpenFile:
         self._store.fetch("shards", ref)
@@ -177,19 +196,19 @@ class ShardReader:
         where, advice = f"shards/{ref.name}", "run 'pmetal-pipeline repair', then 'cache --resume'"
         if status[2] != ref.num_bytes:
             raise CorruptionError(f"{where}: must have {ref.num_bytes} bytes, found {status[2]}; {advice}")
-        if not self._verify or (ref, status) in self._checked:
+        if not self._verify or (ref, status) in self._checked.seen:
             return
         digest = hash_stream(handle)
         if digest != ref.sha256:
             must = f"must have SHA-256 {ref.sha256[:16]}"
             raise CorruptionError(f"{where}: {must}, found {digest[:16]}; {advice}")
-        self._checked.add((ref, status))
+        self._checked.seen.add((ref, status))
 
     def _check_footer(self, handle: BinaryIO, ref: FileRef) -> None:
         key = ("footer", ref, file_identity(handle))
-        if key not in self._checked:
+        if key not in self._checked.seen:
             check_structure(handle, where=f"shards/{ref.name}")
-            self._checked.add(key)
+            self._checked.seen.add(key)
 
 
 def _close_all(files: OpenFiles) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from pmetal_distill.offline.commit import hash_stream, open_plain
 from pmetal_distill.offline.invariants import broken_rows, unclean_masked_row
 from pmetal_distill.offline.mending import recorded_checksum
-from pmetal_distill.offline.shard_reader import Shard, ShardReader, file_identity
+from pmetal_distill.offline.shard_reader import CheckedFiles, Shard, ShardReader, file_identity
 from pmetal_distill.offline.store import DATASET, MAX_TOKENIZER_BYTES, Store
 from schemas.codec import Codec
 from schemas.errors import CacheError, CorruptionError
@@ -189,7 +189,7 @@ def _check_values(store: Store, record: CommitRecord) -> Iterator[Finding]:
     path = f"shards/{record.targets.name}"
     try:
         shard = _open_shard(store, record)
-        reader = ShardReader(store, checked=set(), verify=False)
+        reader = ShardReader(store, checked=CheckedFiles(), verify=False)
         trained = 0
         for group in range(len(record.groups)):
             rows, targets = reader.targets(shard, group)

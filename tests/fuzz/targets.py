@@ -21,7 +21,7 @@ from pmetal_distill.checkpoint import StateFile
 from pmetal_distill.modelling.gguf_format import read_gguf
 from pmetal_distill.offline.footer import check_structure
 from pmetal_distill.offline.pages import read_pages
-from pmetal_distill.offline.shard_reader import Shard, ShardReader, open_parquet
+from pmetal_distill.offline.shard_reader import CheckedFiles, Shard, ShardReader, open_parquet
 from pmetal_distill.offline.store import Store
 from pmetal_distill.yaml_files import MAX_NODES, read_yaml, write_yaml
 from schemas.basis import SketchBasis
@@ -196,7 +196,7 @@ def shard(data: bytes) -> bool:
     path = store.root / "shards" / name
     path.write_bytes(data)
     found = CommitRecord(0, store.checksum, FileRef(name, len(data), "0" * 64), GROUPS, 0)
-    reader = ShardReader(store, checked=set(), verify=False)
+    reader = ShardReader(store, checked=CheckedFiles(), verify=False)
     try:
         rows, targets = reader.targets(Shard(found, 0, Codec(SPEC), None), 0)
     except CacheError:
