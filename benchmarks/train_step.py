@@ -132,12 +132,11 @@ def student(folder: Path, size: Size, dtype: mx.Dtype) -> LoadedModel:
     return wrap_model(model, load_tokenizer(folder / "teacher"), config)
 
 
-def full_batches(folder: Path, tail: str, size: Size) -> tuple[LogitCache, list[Any]]:
-    """A cache and its batches whose sequences are all of full length."""
-    cache = LogitCache(folder / tail)
+def full_batches(cache: LogitCache, size: Size) -> list[Any]:
+    """The batches whose sequences are all of full length."""
     whole = cache.numbers[cache.lengths == size.length]
     with cache.batches(batch_size=size.batch, seed=0, epochs=1, subset=whole, prefetch=0) as batches:
-        return cache, [batch for batch in batches if len(batch.token_ids) == size.batch]
+        return [batch for batch in batches if len(batch.token_ids) == size.batch]
 
 
 def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> Step:
@@ -145,8 +144,8 @@ def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> 
     from mlx_lm.tuner.trainer import default_loss
 
     model, optimizer = student(folder, size, dtype).model, optim.AdamW(learning_rate=1e-5)
-    _, batches = full_batches(folder, tail, size)
-    ids = np.pad(batches[0].token_ids, ((0, 0), (0, 1)))
+    first = full_batches(LogitCache(folder / tail), size)[0]
+    ids = np.pad(first.token_ids, ((0, 0), (0, 1)))
     batch = mx.array(ids), mx.array([[0, size.length - 1]] * size.batch)
     value_and_grad = nn.value_and_grad(model, default_loss)
     state = [model.state, optimizer.state, mx.random.state]
@@ -166,9 +165,11 @@ def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> 
 
 
 def distiller_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> tuple[Step, float]:
-    """One step of a distiller, and the seconds to read a batch."""
+    """One step of a distiller, and the seconds to read a batch of files that are open and checked."""
+    cache = LogitCache(folder / tail)
+    full_batches(cache, size)
     started = time.perf_counter()
-    cache, batches = full_batches(folder, tail, size)
+    batches = full_batches(cache, size)
     reading = (time.perf_counter() - started) / len(batches)
     optimizer = optim.AdamW(learning_rate=1e-5)
     distiller = Distiller(cache, student(folder, size, dtype), DistillConfig(), optimizer=optimizer)
