@@ -1,14 +1,15 @@
 """The pipeline on a GPU: a random Llama of about 1B, V = 151936, bf16; kernels against plain operations.
 
-    python benchmarks/pipeline_gpu.py [--sequences 2048 --checked 64 --length 1024 --iters 12] [--json PATH]
+    python benchmarks/pipeline_gpu.py [--sequences 4096 --checked 64 --length 1024 --iters 12] [--json PATH]
     python benchmarks/pipeline_gpu.py --parts cache
 
 Prints tokens a second of the bare teacher (body and head on the same rows, nothing kept) and of `cache` with
 the kernels on, over all sequences, for each tail: a bucket with a head of 64, a sketch with its default of
-16. Those of `cache` count all tokens from the first batch to the last commit; calibration, the reading of
-text and the hashing of weights stand beside them. `--profile` adds a run with the seconds of each phase
-(`benchmarks/phases.py`). Then, over fewer sequences, `cache` and `train` with the kernels and with
-PMETAL_KERNELS=plain, and how far the results are apart. Needs 40 GB of GPU memory.
+16. The bare teacher runs before and after each; their mean counts. Those of `cache` count all tokens from the
+first batch to the last commit; calibration, the reading of text and the hashing of weights stand beside them.
+`--profile` adds a run with the seconds of each phase (`benchmarks/phases.py`). Then, over fewer sequences,
+`cache` and `train` with the kernels and with PMETAL_KERNELS=plain, and how far the results are apart. Needs
+40 GB of GPU memory.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from benchmarks.phases import timed
 from pipeline.cache import read_data, run_cache, target_spec
 from pipeline.console import Console
 from pipeline.settings import CacheSettings, TrainSettings
+from pipeline.stage_one import QUEUED_BATCHES
 from pipeline.teacher import TeacherRunner
 from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
@@ -156,30 +158,31 @@ def prepare(check: Check) -> LoadedModel:
     return teacher
 
 
-def bare_teacher(check: Check, teacher: LoadedModel, chunk: int, *, capture: bool = False) -> float:
+def bare_teacher(check: Check, teacher: LoadedModel, *, capture: bool = False) -> float:
     """Tokens a second of body and head alone, in the batches, rows and chunks of stage one; nothing is kept.
 
-    With `capture`, targets are captured too, and stay on the device.
+    With `capture`, targets are captured too and come to the host, where nobody takes them.
     """
     settings = check.cache_settings("unused", "bucket")
     data, spec = read_data(settings, teacher), target_spec(settings, teacher.vocab_size)
     runner = TeacherRunner(teacher, data, settings.batch_size)
-    speeds = []
+    waiting: deque[PendingCapture] = deque()
     mx.reset_peak_memory()
-    for _ in range(2):
-        start = time.perf_counter()
-        for states in runner.run(range(data.num_sequences)):
-            if capture:
-                PendingCapture(states.final, teacher.logits, spec, chunk=chunk)
-                continue
-            for first, last in pairwise(even_bounds(len(states.final), chunk)):
-                mx.async_eval(teacher.logits(states.final[first:last]))
-        mx.synchronize()
-        speeds.append(data.num_tokens / (time.perf_counter() - start))
-    name = f"{'captured' if capture else 'bare teacher'}, chunk {chunk}"
+    start = time.perf_counter()
+    for states in runner.run(range(data.num_sequences)):
+        if capture:
+            waiting.append(PendingCapture(states.final, teacher.logits, spec, chunk=check.chunk))
+            if len(waiting) > QUEUED_BATCHES:
+                waiting.popleft().result()
+            continue
+        for first, last in pairwise(even_bounds(len(states.final), check.chunk)):
+            mx.async_eval(teacher.logits(states.final[first:last]))
+    mx.synchronize()
+    speed = data.num_tokens / (time.perf_counter() - start)
+    name = f"{'captured' if capture else 'bare teacher'}, chunk {check.chunk}"
     peak = mx.get_peak_memory() / 1e9
-    check.add(name, tokens=data.num_tokens, tokens_per_second=max(speeds), peak_gb=peak)
-    return max(speeds)
+    check.add(name, tokens=data.num_tokens, tokens_per_second=speed, peak_gb=peak)
+    return speed
 
 
 @contextmanager
@@ -195,10 +198,8 @@ def kernels(choice: str) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def run_stage_one(
-    check: Check, teacher: LoadedModel, settings: CacheSettings, name: str, **more: Any
-) -> None:
-    """One run of `cache`, its speed and what lies beside it."""
+def run_stage_one(check: Check, teacher: LoadedModel, settings: CacheSettings, name: str) -> float:
+    """One run of `cache`: its speed, and what lies beside it."""
     shutil.rmtree(settings.out, ignore_errors=True)
     reset_engaged()
     mx.reset_peak_memory()
@@ -206,13 +207,10 @@ def run_stage_one(
     with timed() if "profile" in name else nullcontext({}) as phases:
         found = run_cache(settings, QUIET, teacher=teacher)
     seconds = time.perf_counter() - start
-    if "bare" in more:
-        more["of_bare"] = found["tokens_per_second"] / more.pop("bare")
     check.add(
         f"{settings.out.name} ({backend()}, {name})",
         tokens=found["new_tokens"],
         tokens_per_second=found["tokens_per_second"],
-        **more,
         calibration_seconds=found["calibration_seconds"],
         start_seconds=seconds - found["seconds"],
         bytes_per_token=float(found["bytes_per_token"]),
@@ -221,13 +219,24 @@ def run_stage_one(
     )
     for phase, took in phases.items():
         check.add(f"  {phase}", seconds=took)
+    return float(found["tokens_per_second"])
 
 
-def speed_of_stage_one(check: Check, teacher: LoadedModel, tail: Any, bare: float, *, profile: bool) -> None:
-    """`cache` with the kernels: the first run compiles them."""
-    for name in ("first", "again", *(["profile"] if profile else [])):
-        run_stage_one(check, teacher, check.cache_settings(f"cache-{tail}", tail), name, bare=bare)
-    shutil.rmtree(check.folder / f"cache-{tail}")
+def speed_of_stage_one(check: Check, teacher: LoadedModel, tails: list[str], *, profile: bool) -> None:
+    """`cache` with the kernels between two runs of the bare teacher, after a short run that compiles them."""
+    for tail in tails:
+        run_stage_one(check, teacher, check.cache_settings(f"warm-{tail}", tail, text="part"), "first")
+    bare_teacher(check, teacher, capture=True)
+    before = bare_teacher(check, teacher)
+    for tail in tails:
+        settings = check.cache_settings(f"cache-{tail}", tail)
+        speed = run_stage_one(check, teacher, settings, "again")
+        after = bare_teacher(check, teacher)
+        check.add(f"cache-{tail}", of_bare=2 * speed / (before + after))
+        before = after
+        if profile:
+            run_stage_one(check, teacher, settings, "profile")
+        shutil.rmtree(settings.out)
 
 
 def both_choices(check: Check, teacher: LoadedModel, tail: Any) -> None:
@@ -303,7 +312,7 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs=2, default=(16, 4), metavar=("TEACHER", "STUDENT"))
-    parser.add_argument("--sequences", type=int, default=2048)
+    parser.add_argument("--sequences", type=int, default=4096)
     parser.add_argument("--checked", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--iters", type=int, default=12)
@@ -328,10 +337,7 @@ def main() -> int:
         )
         teacher = prepare(check)
         if "cache" in options.parts:
-            bare = bare_teacher(check, teacher, check.chunk)
-            bare_teacher(check, teacher, check.chunk, capture=True)
-            for tail in options.tails:
-                speed_of_stage_one(check, teacher, tail, bare, profile=options.profile)
+            speed_of_stage_one(check, teacher, options.tails, profile=options.profile)
         for tail in options.tails if "train" in options.parts else ():
             both_choices(check, teacher, tail)
             compare_caches(check, tail)

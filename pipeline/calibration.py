@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample
     from pmetal_distill.offline.capture import CoordinateMap
+    from pmetal_distill.offline.device_predictor import DevicePredictor
     from pmetal_distill.offline.writer import Sidecars
     from schemas.hidden import HiddenBasis
 
@@ -59,6 +60,13 @@ class Coding:
     sidecars: "Sidecars"
     map: "CoordinateMap | None" = None
     measured: Mapping[str, float] = field(default_factory=dict)
+
+    def predictor(self) -> "DevicePredictor | None":
+        """The basis' predictor in the device's memory; None without one."""
+        from pmetal_distill.offline.device_predictor import DevicePredictor
+
+        basis = self.sidecars.basis
+        return DevicePredictor(basis) if basis is not None and basis.predictor is not None else None
 
 
 @dataclass(slots=True, eq=False)

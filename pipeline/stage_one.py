@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.background import BackgroundWriter
     from pmetal_distill.offline.calibrate import DriftMonitor
     from pmetal_distill.offline.capture import PendingCapture
+    from pmetal_distill.offline.device_predictor import DevicePredictor
     from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 
 QUEUED_BATCHES = 2
@@ -83,6 +84,7 @@ class CapturedBatch:
                 batch.loss_mask[row, :length],
                 targets[starts[row] : starts[row + 1]],
                 {index: states[row, :length] for index, states in layers.items()},
+                self.capture.predicted,
             )
 
 
@@ -186,7 +188,10 @@ class StageOne:
     ) -> Iterator[CapturedBatch]:
         """Batches of the missing shards, queued on the device one by one."""
         stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
+        from pmetal_distill.offline.capture import on_gpu
+
         coded: tuple[range, Coding] | None = None
+        predictor = None
         for shard in missing:
             if writer.is_committed(shard):  # by another process, since
                 progress.advance(self._num_tokens(shard))
@@ -194,9 +199,16 @@ class StageOne:
             stretch = stretch_of[shard]
             if coded is None or coded[0] != stretch:
                 coded = stretch, self._calibrator.of_stretch(learned, stretch)
+                predictor = coded[1].predictor() if on_gpu() else None
             for states in self._runner.run(self._shard_range(shard)):
                 yield queue_batch(
-                    shard, coded[1], states, self.teacher, self.spec, chunk=self.settings.head_chunk
+                    shard,
+                    coded[1],
+                    states,
+                    self.teacher,
+                    self.spec,
+                    chunk=self.settings.head_chunk,
+                    predictor=predictor,
                 )
 
     def _hand_over(
@@ -218,6 +230,7 @@ def queue_batch(
     spec: TargetSpec,
     *,
     chunk: int | None,
+    predictor: "DevicePredictor | None" = None,
 ) -> CapturedBatch:
     """Asks for the targets of a batch; a GPU begins with them."""
     import mlx.core as mx
@@ -232,6 +245,8 @@ def queue_batch(
         sketch=coding.map,
         chunk=rows_at_once(chunk, spec.vocab_size),
         place=states.place,
+        predictor=predictor,
+        token_ids=states.batch.token_ids[states.batch.loss_mask] if predictor else None,
     )
     layers = {index: HostCopy(found.astype(mx.float32)) for index, found in states.layers.items()}
     return CapturedBatch(shard, coding, states, capture, layers)

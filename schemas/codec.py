@@ -111,7 +111,9 @@ class Codec:
         return needed_columns(self.schema, self.basis, rank)
 
 
-def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Table, Saturation]:
+def encode(
+    targets: TargetArrays, rows: TokenRows, codec: Codec, *, predicted: bool = False
+) -> tuple[pa.Table, Saturation]:
     """Parquet columns of `n` tokens.
 
     Args:
@@ -119,6 +121,7 @@ def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Tab
             is relative to the exact smallest head logit and is shifted to the decoded one here.
         rows: the same tokens; targets of rows outside the loss mask are ignored and stored as zeros.
         codec: layout and sidecars.
+        predicted: the coordinates lack what the basis' predictor says already.
 
     Returns:
         the table and what was clipped.
@@ -149,7 +152,9 @@ def encode(targets: TargetArrays, rows: TokenRows, codec: Codec) -> tuple[pa.Tab
         columns |= _pair("crv", masked_zero(_curve_residuals(curve, codec), mask))
     if codec.basis:
         head_ids = masked_zero(targets.head_ids, mask)
-        packed, clipped_coordinates = encode_coordinates(targets.coordinates, rows, head_ids, codec.basis)
+        packed, clipped_coordinates = encode_coordinates(
+            targets.coordinates, rows, head_ids, codec.basis, predicted=predicted
+        )
         columns |= packed
     table = _to_table(columns, rows, codec.schema)
     return table, Saturation(int(mask.sum()), clipped_logprobs, clipped_curve, clipped_coordinates)

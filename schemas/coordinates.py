@@ -21,7 +21,7 @@ _BLOCK = 256
 
 
 def encode_coordinates(
-    coordinates: Float32, rows: TokenRows, head_ids: Int32, basis: SketchBasis
+    coordinates: Float32, rows: TokenRows, head_ids: Int32, basis: SketchBasis, *, predicted: bool = False
 ) -> tuple[dict[str, Planes], int]:
     """The columns of the groups of coordinates.
 
@@ -30,6 +30,7 @@ def encode_coordinates(
         rows: the same tokens.
         head_ids: [n, k], all stored ids, from 0 to V-1.
         basis: step, groups and predictor.
+        predicted: what the predictor says has been taken off.
 
     Returns:
         the planes by column, and how many values were clipped.
@@ -40,7 +41,7 @@ def encode_coordinates(
         for group in basis.groups
     ]
     clipped, step = 0, np.float64(basis.step)
-    for block, sums in _predictions(basis, rows.token_ids, head_ids):
+    for block, sums in _predictions(basis, rows.token_ids, head_ids, wanted=not predicted):
         quantized = coordinates[block] / step
         if sums is not None:
             quantized -= sums / SUBSTEPS
@@ -80,10 +81,10 @@ def decode_coordinates(
 
 
 def _predictions(
-    basis: SketchBasis, token_ids: Int32, head_ids: Int32
+    basis: SketchBasis, token_ids: Int32, head_ids: Int32, *, wanted: bool
 ) -> Iterator[tuple[slice, npt.NDArray[np.int16] | None]]:
-    """Some rows at a time, and their predictions in units of step / 64 if there is a predictor."""
-    if (tables := basis.tables(basis.rank)) is not None:
+    """Some rows at a time, with predictions in units of step / 64 if there are any and they are wanted."""
+    if wanted and (tables := basis.tables(basis.rank)) is not None:
         yield from tables.sums(token_ids, head_ids)
         return
     for start in range(0, len(token_ids), _BLOCK):

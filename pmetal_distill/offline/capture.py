@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from pmetal_distill.host_results import HostCopy, to_numpy
 from pmetal_distill.kernels.capture import capture as capture_on_device
+from pmetal_distill.offline.device_predictor import DevicePredictor
 from pmetal_distill.offline.row_capture import RowCapture, non_finite
-from schemas.arrays import Float32, TargetArrays
+from schemas.arrays import Float32, Int32, TargetArrays
 from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
 
@@ -132,7 +133,12 @@ class PendingCapture:
 
     On a GPU the whole of it is queued at once, and `wait` waits for it and not for what was queued since; on
     the CPU, whose cores the forward pass keeps busy anyway, `result` does the work. Takes the arguments of
-    `capture_hidden`, and `place`: number of a row -> its name for messages.
+    `capture_hidden`, and:
+
+    Args:
+        place: number of a row -> its name for messages.
+        predictor: on a GPU, takes what ids predict off the coordinates of a sketch of hidden states.
+        token_ids: [n], input ids of the rows, for `predictor`.
     """
 
     def __init__(
@@ -144,6 +150,8 @@ class PendingCapture:
         sketch: CoordinateMap | None = None,
         chunk: int = 256,
         place: Place = "capture row {}".format,
+        predictor: DevicePredictor | None = None,
+        token_ids: Int32 | None = None,
     ) -> None:
         self._hidden = hidden
         self._logits_of = logits_of
@@ -151,7 +159,15 @@ class PendingCapture:
         self._sketch = sketch
         self._chunk = chunk
         self._place = place
+        hidden_sketch = sketch is not None and sketch.source == "hidden"
+        self._predict = predictor.residual if predictor and token_ids is not None and hidden_sketch else None
+        self._token_ids = token_ids
         self._queued = self._queue() if on_gpu() and len(hidden) else None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the coordinates of the result lack what ids predict."""
+        return self._predict is not None and self._queued is not None
 
     def wait(self) -> None:
         """Until a GPU is done; for the thread that uses MLX. Any other may then call `result`."""
@@ -186,8 +202,10 @@ class PendingCapture:
             parts.append(_queued(self._logits(start, stop)[1], None, self._spec, of_logits))
             mx.async_eval(parts[-1])
         if self._sketch is not None and of_logits is None:
-            columns = [mx.concatenate(parts), self._sketch.queued(self._hidden, None).view(mx.int32)]
-            return HostCopy(mx.concatenate(columns, axis=-1))
+            head, coordinates = mx.concatenate(parts), self._sketch.queued(self._hidden, None)
+            if self._predict is not None and self._token_ids is not None:
+                coordinates = self._predict(coordinates, self._token_ids, head[:, : self._spec.k])
+            return HostCopy(mx.concatenate([head, coordinates.view(mx.int32)], axis=-1))
         return HostCopy(mx.concatenate(parts))
 
     def _on_host(self, start: int) -> TargetArrays:
@@ -207,7 +225,7 @@ def rows_at_once(asked: int | None, vocab_size: int) -> int:
 
 
 def even_bounds(rows: int, chunk: int) -> list[int]:
-    """0, ..., `rows`: bounds of as few chunks as possible, nearly equal, multiples of 256 where these allow it.
+    """0, ..., `rows`: bounds of the fewest chunks, nearly equal, multiples of 256 where these allow it.
 
     A small rest of rows would not fill a device.
     """

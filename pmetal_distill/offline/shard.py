@@ -126,7 +126,10 @@ class ShardDraft:
             NonFiniteError: NaN or infinity in a trained row.
         """
         arrays, rows = _stack(group)
-        table, clipped = encode(arrays, rows, self._codec)
+        predicted = {sequence.predicted for _, sequence in group}
+        if len(predicted) > 1:
+            raise IncompatibleError("encode: all sequences of a row group must be predicted, or none")
+        table, clipped = encode(arrays, rows, self._codec, predicted=predicted.pop())
         states = None
         if self._hidden:
             states = encode_hidden(_stack_hidden(group, self._hidden), rows.loss_mask, self._hidden)

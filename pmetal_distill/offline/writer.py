@@ -40,6 +40,7 @@ class CapturedSequence:
         loss_mask: bool [n].
         targets: exact values as captured, [n, ...], or [t, ...] of the t trained positions alone.
         hidden: float32 [n, d] by layer.
+        predicted: whether the coordinates lack what the basis' predictor says already.
     """
 
     token_ids: Int32
@@ -47,6 +48,7 @@ class CapturedSequence:
     loss_mask: Bool
     targets: TargetArrays
     hidden: Mapping[int, Float32] = field(default_factory=dict)
+    predicted: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
