@@ -1,6 +1,7 @@
 """Results of a device as NumPy arrays, without slowing the device down. Costs one copy.
 
-On CUDA a kernel writes them into page-locked memory in its turn (`pinned`); elsewhere the memory is shared.
+On CUDA a kernel writes them into page-locked memory (`pinned`), on a stream of its own, so that what is
+queued next need not wait for the bus; elsewhere the memory is shared.
 """
 
 from typing import Any
@@ -37,7 +38,8 @@ class HostCopy:
         memory = pinned_memory() if backend() == "cuda" else None
         if memory is not None and (place := memory.take(array.nbytes)) is not None:
             self._place = place
-            array = to_host(array.view(mx.uint32), place.address)
+            with mx.stream(memory.stream):
+                array = to_host(array.view(mx.uint32), place.address)
         self._array: mx.array | None = array
         self._view: npt.NDArray[Any] | None = None
         mx.async_eval(array)

@@ -39,9 +39,11 @@ class PinnedMemory:
 
     Args:
         driver: the CUDA driver's library.
+        stream: of MLX, on which copies run.
     """
 
     driver: Any
+    stream: mx.Stream
     _free: dict[int, list[Pinned]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -71,6 +73,6 @@ def pinned_memory() -> PinnedMemory | None:
     if mx.default_device().type != mx.DeviceType.gpu or not mx.cuda.is_available():
         return None
     try:
-        return PinnedMemory(ctypes.CDLL("libcuda.so.1"))
+        return PinnedMemory(ctypes.CDLL("libcuda.so.1"), mx.new_stream(mx.default_device()))
     except OSError:
         return None

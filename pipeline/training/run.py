@@ -4,6 +4,7 @@ Costs forward and backward of the student. `folder` says what lies in the folder
 are the model or its adapters, see `output`.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from pipeline.about import missing_blas
@@ -46,6 +47,7 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         require_services(settings.services)
     from pmetal_distill.parallel import World
 
+    limit_queued_memory()
     world = World.launched()
     if not world.leads:
         console = Console(quiet=True)
@@ -58,6 +60,18 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         if world.leads:
             folder.finish(result)
         return result
+
+
+def limit_queued_memory() -> None:
+    """On CUDA, has MLX hand work to the device in parts of 100 MB of inputs, if the environment says nothing.
+
+    Arrays live until the part that used them is done, and MLX's own 1000 MB keep gigabytes of a step alive.
+    MLX reads the variable before it queues its first work.
+    """
+    import mlx.core as mx
+
+    if mx.cuda.is_available():
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
 
 
 def open_together(settings: TrainSettings, world: "World") -> RunFolder:

@@ -14,7 +14,8 @@ from pmetal_distill.target import SoftTarget
 from schemas.errors import IncompatibleError
 
 _LOGITS_BYTES = 1 << 26
-_LOGITS_BYTES_GPU = 1 << 29
+_LOGITS_BYTES_METAL = 1 << 29
+_LOGITS_BYTES_CUDA = 1 << 30
 _LEAST_TOKENS = 128
 
 
@@ -91,12 +92,14 @@ class TokenRows(NamedTuple):
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk: 64 MiB of float32 logits on the CPU, 512 MiB on a GPU, but at least 128 tokens.
+    """Tokens per chunk, at least 128: 64 MiB of float32 logits on the CPU, 512 MiB on Metal, 1 GiB on CUDA.
 
     Each chunk reads and writes the head's whole gradient, so small chunks of a large vocabulary are slow.
     """
-    cpu = mx.default_device() == mx.Device(mx.cpu)
-    tokens = (_LOGITS_BYTES if cpu else _LOGITS_BYTES_GPU) // (4 * vocab_size)
+    size = _LOGITS_BYTES
+    if mx.default_device() != mx.Device(mx.cpu):
+        size = _LOGITS_BYTES_CUDA if mx.cuda.is_available() else _LOGITS_BYTES_METAL
+    tokens = size // (4 * vocab_size)
     return max(_LEAST_TOKENS, tokens - tokens % 64)
 
 

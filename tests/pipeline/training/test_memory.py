@@ -1,5 +1,6 @@
 """The estimate of memory against MLX's peak, and what is refused because of it."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from pipeline.console import Console
 from pipeline.settings import LoraParameters, TrainSettings
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.memory import estimate, machine_memory
-from pipeline.training.run import prepare_loop
+from pipeline.training.run import limit_queued_memory, prepare_loop
+from pmetal_distill.losses.job import default_chunk_tokens
 from schemas.errors import UsageError
 from tests.pipeline.training.runs import QUIET, run_settings, train
 from tests.pipeline.training.sources import make_cache
@@ -136,3 +138,33 @@ def test_the_machines_memory_is_known() -> None:
 def test_a_limit_must_be_positive(make: Make, limit: float) -> None:
     with pytest.raises(UsageError, match="memory_limit_gb: must be greater than 0"):
         make(memory_limit_gb=limit)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "given", "found"), [(True, None, "100"), (True, "7", "7"), (False, None, None)]
+)
+def test_queued_memory_is_limited_on_cuda_where_nobody_says_otherwise(
+    cuda: bool, given: str | None, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    if given:
+        monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", given)
+    else:
+        monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "1")
+        monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
+    limit_queued_memory()
+    assert os.environ.get("MLX_MAX_MB_PER_BUFFER") == found
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "tokens"), [(False, False, 128), (True, False, 1024), (True, True, 2048)]
+)
+def test_chunks_of_logits_are_larger_on_larger_machines(
+    gpu: bool, cuda: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    if gpu:
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert default_chunk_tokens(1 << 17) == tokens
