@@ -5,6 +5,7 @@ Encoding then only rounds and packs: the look-ups are most of its time, and a GP
 
 import mlx.core as mx
 
+from pmetal_distill.kernels.take_off import take_off
 from schemas.arrays import Int32
 from schemas.basis import SketchBasis
 from schemas.predictor import SUBSTEPS
@@ -31,6 +32,11 @@ class DevicePredictor:
             token_ids: [n], input ids.
             head_ids: int32 [n, k].
         """
-        sums = self._head[head_ids].sum(axis=1) + self._token[mx.array(token_ids)].astype(mx.int32)
-        wrapped = sums.astype(mx.int16).astype(mx.float32)
-        return coordinates - wrapped * self._unit
+        return take_off(
+            coordinates,
+            mx.array(token_ids),
+            head_ids,
+            token_table=self._token,
+            head_table=self._head,
+            unit=self._unit,
+        )

@@ -3,6 +3,8 @@
 import mlx.core as mx
 
 from pmetal_distill.kernels import capture, hidden, pair, row
+from pmetal_distill.kernels.take_off import take_off
+from pmetal_distill.kernels.to_host import address_of, to_host
 from schemas.spec import DEFAULT_NODES
 
 FORMS: tuple[tuple[dict[str, bool], pair.Weights | None], ...] = (
@@ -45,4 +47,9 @@ def launch_all(a: dict[str, mx.array]) -> list[mx.array]:
     found += [hidden.launch_sums(z, t), hidden.launch_slope(z, t, [c, c, c])]
     for nodes in (DEFAULT_NODES, (0.13, 1.0)):
         found += capture(z, k=16, nodes=nodes)
+    tables = [mx.zeros((20, 8), mx.int16)] * 2
+    found.append(
+        take_off(mx.zeros((8, 8)), labels, ids, token_table=tables[0], head_table=tables[1], unit=0.5)
+    )
+    found.append(to_host(labels.view(mx.uint32), address_of(0)))
     return found
