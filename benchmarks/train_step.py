@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                       both sizes, about four minutes on two CPU cores
     python benchmarks/train_step.py --sizes tiny
     python benchmarks/train_step.py --sizes 0.4b --dtype bfloat16      for a GPU
+    MLX_MAX_MB_PER_BUFFER=100 python benchmarks/train_step.py ...      on CUDA, as `train` sets it
 
 `mlx_lm` is the compiled step of `mlx_lm.tuner.trainer`: `default_loss` and AdamW. `bucket` and `sketch` are
 steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
@@ -164,7 +165,9 @@ def cross_entropy_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> 
     return run
 
 
-def distiller_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> tuple[Step, float]:
+def distiller_step(
+    folder: Path, tail: str, size: Size, dtype: mx.Dtype, chunk_tokens: int | None
+) -> tuple[Step, float]:
     """One step of a distiller, and the seconds to read a batch of files that are open and checked."""
     cache = LogitCache(folder / tail)
     full_batches(cache, size)
@@ -172,7 +175,8 @@ def distiller_step(folder: Path, tail: str, size: Size, dtype: mx.Dtype) -> tupl
     batches = full_batches(cache, size)
     reading = (time.perf_counter() - started) / len(batches)
     optimizer = optim.AdamW(learning_rate=1e-5)
-    distiller = Distiller(cache, student(folder, size, dtype), DistillConfig(), optimizer=optimizer)
+    config = DistillConfig(chunk_tokens=chunk_tokens)
+    distiller = Distiller(cache, student(folder, size, dtype), config, optimizer=optimizer)
     return lambda: distiller.step(batches[0]), reading
 
 
@@ -211,7 +215,7 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
         steps = {"mlx_lm": cross_entropy_step(Path(folder), options.tails[0], size, dtype)}
         reading = {}
         for tail in options.tails:
-            steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype)
+            steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype, options.chunk_tokens)
         say("students made")
         seconds = median_seconds(steps, options.rounds)
         peaks = {step: peak_bytes(steps[step]) for step in steps}
@@ -232,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tails", nargs="+", default=TAILS, choices=TAILS)
+    parser.add_argument("--chunk-tokens", type=int, help="tokens whose logits exist at once")
     options = parser.parse_args()
     say("imported")
     print(f"MLX {mx.__version__}, {mx.default_device()}, NumPy {np.__version__}")
