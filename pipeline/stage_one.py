@@ -2,7 +2,7 @@
 
 On a GPU this thread does nothing but queue work, two batches ahead; one thread takes the results apart and
 others encode and write them (`offline.background`): the teacher hardly ever waits. On the CPU a batch is done
-with before the next one begins. Memory beyond the teacher's body: the results of five batches, the row groups
+with before the next one begins. Memory beyond the teacher's body: the results of six batches, the row groups
 of the writer's threads, and on a GPU the logits of the chunks that are queued; whatever the size of a shard.
 """
 

@@ -20,7 +20,7 @@ def default_threads() -> int:
     return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))
 
 
-class RowGroups(Generic[Loaded]):
+class GroupsAhead(Generic[Loaded]):
     """Hands out row groups in an order that is known beforehand. For one thread; a context manager.
 
     Args:

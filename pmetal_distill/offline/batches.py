@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from pmetal_distill.offline.ahead import RowGroups, default_threads
+from pmetal_distill.offline.ahead import GroupsAhead, default_threads
 from pmetal_distill.offline.batch import Batch, StoredSequence, collate, padded_length
 from pmetal_distill.offline.order import Order, Position, make_order
 from schemas.arrays import TargetArrays
@@ -111,7 +111,7 @@ class Feed:
         """Batches from a position on, each with the position after it."""
         batches, ahead = tee(self._global_batches(start))
         window = self.order.window
-        with RowGroups(
+        with GroupsAhead(
             self.load,
             self._uses(places for places, _ in ahead),
             threads=self.threads,
@@ -128,7 +128,7 @@ class Feed:
     def _sequences(
         self,
         places: list[Place],
-        groups: RowGroups[dict[int, StoredSequence]],
+        groups: GroupsAhead[dict[int, StoredSequence]],
         held: dict[int, dict[int, StoredSequence]],
     ) -> list[StoredSequence]:
         """This process's part of a global batch; `held` are the row groups in use."""

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 from caches import make_dataset, write_cache
 
-from pmetal_distill.offline.ahead import RowGroups, default_threads
+from pmetal_distill.offline.ahead import GroupsAhead, default_threads
 from pmetal_distill.offline.batches import BatchIterator
 from pmetal_distill.offline.reader import LogitCache
 from schemas.errors import CorruptionError
@@ -114,7 +114,7 @@ def test_the_next_groups_are_loading_before_they_are_asked_for():
         assert go.wait(10)
         return -group
 
-    with RowGroups(load, iter([5, 3, 8, 1]), threads=3, room=3, keep=False) as groups:
+    with GroupsAhead(load, iter([5, 3, 8, 1]), threads=3, room=3, keep=False) as groups:
         groups.look_ahead()
         while len(begun) < 3:
             time.sleep(0.001)
@@ -131,7 +131,7 @@ def test_the_next_groups_are_loading_before_they_are_asked_for():
 def test_a_group_that_comes_again_while_it_is_held_is_not_loaded_again():
     loads = []
     uses = iter([1, 2, 1, 2])
-    with RowGroups(lambda g: loads.append(g), uses, threads=1, room=4, keep=False) as groups:
+    with GroupsAhead(lambda g: loads.append(g), uses, threads=1, room=4, keep=False) as groups:
         groups.look_ahead()
         for group in (1, 2, 1, 2):
             groups.take(group)
