@@ -23,7 +23,6 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,9 @@ from pipeline.stage_one import QUEUED_BATCHES
 from pipeline.teacher import TeacherRunner
 from pipeline.training.run import run_train
 from pmetal_distill.kernels import VARIABLE, backend, engaged, reset_engaged
+from pmetal_distill.losses.plain import token_slices
 from pmetal_distill.models import LoadedModel, load_model
-from pmetal_distill.offline.capture import PendingCapture, even_bounds, rows_at_once
+from pmetal_distill.offline.capture import PendingCapture, rows_at_once
 from pmetal_distill.offline.reader import LogitCache
 from tests.tiny import random_model, save_tokenizer, tiny_config
 
@@ -175,8 +175,8 @@ def bare_teacher(check: Check, teacher: LoadedModel, *, capture: bool = False) -
             if len(waiting) > QUEUED_BATCHES:
                 waiting.popleft().result()
             continue
-        for first, last in pairwise(even_bounds(len(states.final), check.chunk)):
-            mx.async_eval(teacher.logits(states.final[first:last]))
+        for rows in token_slices(len(states.final), check.chunk):
+            mx.async_eval(teacher.logits(states.final[rows]))
     mx.synchronize()
     speed = data.num_tokens / (time.perf_counter() - start)
     name = f"{'captured' if capture else 'bare teacher'}, chunk {check.chunk}"

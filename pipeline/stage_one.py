@@ -187,9 +187,9 @@ class StageOne:
         progress: Progress,
     ) -> Iterator[CapturedBatch]:
         """Batches of the missing shards, queued on the device one by one."""
-        stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
         from pmetal_distill.offline.capture import on_gpu
 
+        stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
         coded: tuple[range, Coding] | None = None
         predictor = None
         for shard in missing:
@@ -238,6 +238,7 @@ def queue_batch(
     from pmetal_distill.host_results import HostCopy
     from pmetal_distill.offline.capture import PendingCapture, rows_at_once
 
+    batch = states.batch
     capture = PendingCapture(
         states.final,
         teacher.logits if teacher.splits else lambda logits: logits,
@@ -245,8 +246,7 @@ def queue_batch(
         sketch=coding.map,
         chunk=rows_at_once(chunk, spec.vocab_size),
         place=states.place,
-        predictor=predictor,
-        token_ids=states.batch.token_ids[states.batch.loss_mask] if predictor else None,
+        predict=partial(predictor.residual, batch.token_ids[batch.loss_mask]) if predictor else None,
     )
     layers = {index: HostCopy(found.astype(mx.float32)) for index, found in states.layers.items()}
     return CapturedBatch(shard, coding, states, capture, layers)

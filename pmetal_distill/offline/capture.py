@@ -8,7 +8,6 @@ products of powers of one exponential. `python benchmarks/fidelity.py` times it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,9 +16,9 @@ import numpy.typing as npt
 
 from pmetal_distill.host_results import HostCopy, to_numpy
 from pmetal_distill.kernels.capture import capture as capture_on_device
-from pmetal_distill.offline.device_predictor import DevicePredictor
+from pmetal_distill.losses.plain import token_slices
 from pmetal_distill.offline.row_capture import RowCapture, non_finite
-from schemas.arrays import Float32, Int32, TargetArrays
+from schemas.arrays import Float32, TargetArrays
 from schemas.errors import IncompatibleError, NonFiniteError
 from schemas.spec import TargetSpec
 
@@ -137,8 +136,8 @@ class PendingCapture:
 
     Args:
         place: number of a row -> its name for messages.
-        predictor: on a GPU, takes what ids predict off the coordinates of a sketch of hidden states.
-        token_ids: [n], input ids of the rows, for `predictor`.
+        predict: on a GPU, for a sketch of hidden states: (coordinates [n, r], head ids [n, k]) -> coordinates
+            less what ids predict of them.
     """
 
     def __init__(
@@ -150,8 +149,7 @@ class PendingCapture:
         sketch: CoordinateMap | None = None,
         chunk: int = 256,
         place: Place = "capture row {}".format,
-        predictor: DevicePredictor | None = None,
-        token_ids: Int32 | None = None,
+        predict: Callable[[mx.array, mx.array], mx.array] | None = None,
     ) -> None:
         self._hidden = hidden
         self._logits_of = logits_of
@@ -159,9 +157,7 @@ class PendingCapture:
         self._sketch = sketch
         self._chunk = chunk
         self._place = place
-        hidden_sketch = sketch is not None and sketch.source == "hidden"
-        self._predict = predictor.residual if predictor and token_ids is not None and hidden_sketch else None
-        self._token_ids = token_ids
+        self._predict = predict if sketch is not None and sketch.source == "hidden" else None
         self._queued = self._queue() if on_gpu() and len(hidden) else None
 
     @property
@@ -188,8 +184,8 @@ class PendingCapture:
         rank = self._sketch.rank if self._sketch else 0
         return TargetArrays.empty(0, k=self._spec.k, num_nodes=self._spec.num_nodes, rank=rank)
 
-    def _logits(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
-        states = self._hidden[start:stop]
+    def _logits(self, rows: slice) -> tuple[mx.array, mx.array]:
+        states = self._hidden[rows]
         logits = self._logits_of(states)
         _check_logits(logits, self._spec)
         return states, logits
@@ -198,18 +194,18 @@ class PendingCapture:
         """Queues chunk after chunk, so that the logits of one are given up before those of the next."""
         of_logits = self._sketch if self._sketch and self._sketch.source == "logits" else None
         parts = []
-        for start, stop in pairwise(even_bounds(len(self._hidden), self._chunk)):
-            parts.append(_queued(self._logits(start, stop)[1], None, self._spec, of_logits))
+        for rows in token_slices(len(self._hidden), self._chunk):
+            parts.append(_queued(self._logits(rows)[1], None, self._spec, of_logits))
             mx.async_eval(parts[-1])
         if self._sketch is not None and of_logits is None:
             head, coordinates = mx.concatenate(parts), self._sketch.queued(self._hidden, None)
-            if self._predict is not None and self._token_ids is not None:
-                coordinates = self._predict(coordinates, self._token_ids, head[:, : self._spec.k])
+            if self._predict is not None:
+                coordinates = self._predict(coordinates, head[:, : self._spec.k])
             return HostCopy(mx.concatenate([head, coordinates.view(mx.int32)], axis=-1))
         return HostCopy(mx.concatenate(parts))
 
     def _on_host(self, start: int) -> TargetArrays:
-        states, logits = self._logits(start, start + self._chunk)
+        states, logits = self._logits(slice(start, start + self._chunk))
         return _on_host(logits, states, self._spec, self._sketch, lambda row: self._place(start + row))
 
 
@@ -222,16 +218,6 @@ def rows_at_once(asked: int | None, vocab_size: int) -> int:
         return asked
     most = 1 << (30 if mx.cuda.is_available() else 29)
     return min(max(most // vocab_size // 256 * 256, 256), 8192) if on_gpu() else 256
-
-
-def even_bounds(rows: int, chunk: int) -> list[int]:
-    """0, ..., `rows`: bounds of the fewest chunks, nearly equal, multiples of 256 where these allow it.
-
-    A small rest of rows would not fill a device.
-    """
-    size = -(-rows // -(-rows // chunk))
-    size = min(chunk, -(-size // 256) * 256)
-    return [*range(0, rows, size), rows]
 
 
 def on_gpu() -> bool:

@@ -24,12 +24,12 @@ class DevicePredictor:
         self._head, self._token = mx.array(tables.head), mx.array(tables.token)
         self._unit = basis.step / SUBSTEPS
 
-    def residual(self, coordinates: mx.array, token_ids: Int32, head_ids: mx.array) -> mx.array:
+    def residual(self, token_ids: Int32, coordinates: mx.array, head_ids: mx.array) -> mx.array:
         """Coordinates [n, r] less what is predicted, float32.
 
         Args:
-            coordinates: float32 [n, r].
             token_ids: [n], input ids.
+            coordinates: float32 [n, r].
             head_ids: int32 [n, k].
         """
         return take_off(

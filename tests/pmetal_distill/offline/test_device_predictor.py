@@ -1,6 +1,7 @@
 """Predictions taken off on the device against those of the codec."""
 
 import dataclasses
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +48,7 @@ def test_what_is_stored_is_what_the_codec_would_predict_itself(basis: SketchBasi
     targets, rows = captured(basis)
     codec = Codec(TargetSpec(V, K, "sketch"), basis)
     left = DevicePredictor(basis).residual(
-        mx.array(targets.coordinates), rows.token_ids, mx.array(targets.head_ids)
+        rows.token_ids, mx.array(targets.coordinates), mx.array(targets.head_ids)
     )
     given = dataclasses.replace(targets, coordinates=np.array(left))
     one = decode(encode(targets, rows, codec)[0], codec)[1].coordinates
@@ -74,7 +75,7 @@ def test_a_pending_capture_says_whether_predictions_are_taken_off(
     def pending(**more: object) -> PendingCapture:
         return PendingCapture(hidden, lambda h: h @ weight.T, spec, sketch=sketch, chunk=4, **more)  # type: ignore[arg-type]
 
-    plain, found = pending(), pending(predictor=DevicePredictor(basis), token_ids=tokens)
+    plain, found = pending(), pending(predict=partial(DevicePredictor(basis).residual, tokens))
     assert (plain.predicted, found.predicted) == (False, gpu)
     exact, got = plain.result(), found.result()
     expected = exact.coordinates - (basis.predict(tokens, exact.head_ids) if gpu else 0)
