@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 from schemas.arrays import TargetArrays
 from schemas.basis import CoordinateGroup, SketchBasis
@@ -103,3 +104,11 @@ def write_cache(folder, dataset=None, *, shards=None):
 
 def hidden_spec(**changes):
     return HiddenSpec(**({"layers": (1, 3), "hidden_size": 20, "group_size": 8} | changes))
+
+
+def damage_shard(folder, number):
+    """Flips a bit of a shard's targets."""
+    path = folder / "shards" / LogitCache(folder).records[number].targets.name
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from caches import make_dataset, write_cache
+from caches import damage_shard, make_dataset, write_cache
 
 from pmetal_distill.offline.ahead import GroupsAhead, default_threads
 from pmetal_distill.offline.batches import BatchIterator
@@ -143,10 +143,7 @@ def test_a_group_that_comes_again_while_it_is_held_is_not_loaded_again():
 def test_an_error_arrives_in_its_place(tmp_path, threads):
     folder = write_cache(tmp_path / "c", make_dataset())
     cache = LogitCache(folder)
-    path = folder / "shards" / cache.records[3].targets.name
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
+    damage_shard(folder, 3)
     batches = reading(cache, threads, batch_size=5, shuffle=False)
     assert [b.numbers.tolist() for b in islice(batches, 3)] == [[*range(i, i + 5)] for i in (0, 5, 10)]
     for _ in range(2):

@@ -12,6 +12,7 @@ from caches import (
     MAX_LENGTH,
     SPEC,
     TOKENIZER,
+    damage_shard,
     hidden_spec,
     lengths_of,
     make_dataset,
@@ -348,10 +349,7 @@ def test_the_prefetch_thread_ends_with_its_iterator(cache):
 def test_what_the_thread_raises_reaches_the_consumer_in_its_place(tmp_path):
     folder = write_cache(tmp_path / "c")
     cache = LogitCache(folder)
-    path = folder / "shards" / cache.records[3].targets.name
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
+    damage_shard(folder, 3)
     batches = cache.batches(batch_size=5, seed=0, shuffle=False, prefetch=3)
     assert numbers_of(batches, 3) == [[*range(i, i + 5)] for i in (0, 5, 10)]
     for _ in range(2):
