@@ -3,6 +3,7 @@
 With plain operations it costs a sort of [tokens, V] and a pass a node.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from pmetal_distill.kernels import dispatch, tuning
 from pmetal_distill.kernels.row import usable
 from pmetal_distill.reductions import row_logsumexp
 
-MAX_K, MAX_NODES, LISTED = 256, 8, 2048
+MAX_K, MAX_NODES, LISTED, SAMPLE = 256, 8, 2048, 8
 GRIDS = (1, 2, 4, 8, 16, 32, 64)
 SIGNIFICANT_BIT = {
     mx.float32: 0,
@@ -69,8 +70,12 @@ def grid_of(nodes: Sequence[float]) -> tuple[int, tuple[int, ...]]:
 def _shape(logits: mx.array, k: int) -> tuple[tuning.Shape, int]:
     length, width = logits.shape[-1], tuning.vector_width(logits.dtype)
     shape = tuning.shape_for("capture", dispatch.platform_name(), length=length, width=width)
-    sparse = 2 if k > 128 else 4 if k > 64 or logits.dtype.size == 2 else 8
-    return shape, max(1, min(sparse, length // (2 * width * shape.threads)))
+    return shape, max(1, min(SAMPLE, length // (2 * width * shape.threads)))
+
+
+def rank_of(k: int, sample: int) -> int:
+    """Which of the sampled scores, by size, lies below the k-th of all in all but 1 of about 10,000 rows."""
+    return min(k, math.ceil(k / sample + 4.0 * math.sqrt(k / sample * (1 - 1 / sample))))
 
 
 def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array]:
@@ -79,6 +84,7 @@ def _launch(logits: mx.array, k: int, nodes: tuple[float, ...]) -> list[mx.array
     shape, sample = _shape(logits, k)
     values: dict[str, Any] = {"T": logits.dtype, "V": length, "K": k, "W": tuning.vector_width(logits.dtype)}
     values |= {"U": shape.unroll, "HINT": shape.hint, "TG": shape.threads, "SAMPLE": sample, "CAP": LISTED}
+    values |= {"RANK": rank_of(k, sample)}
     values |= {"FLOOR_BIT": FLOOR_BIT, "KEY_BIT": SIGNIFICANT_BIT[logits.dtype]}
     values |= {"NODES": len(nodes), "ONE": nodes.index(1.0), "GRID": grid}
     values |= {f"P{i}": powers[i] if i < len(powers) else 0 for i in range(MAX_NODES)}

@@ -9,7 +9,7 @@ import pytest
 
 from pmetal_distill.kernels import capture, engaged, tuning
 from pmetal_distill.kernels import capture as public_capture
-from pmetal_distill.kernels.capture import grid_of
+from pmetal_distill.kernels.capture import grid_of, rank_of
 from schemas.spec import DEFAULT_NODES
 from tests.kernels import tools
 from tests.kernels.host.builder import Schedule
@@ -61,9 +61,9 @@ def test_any_nodes(nodes: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["constant", "ascending", "descending", "two values", "late", "signs"])
-def test_rows_that_overflow_the_list_or_tie(name: str, dtype: mx.Dtype) -> None:
-    vocab = 9000
+@pytest.mark.parametrize("name", ["constant", "ascending", "descending", "two values", "late", "signs", "sampled"])
+def test_rows_that_overflow_the_list_or_leave_it_short_or_tie(name: str, dtype: mx.Dtype) -> None:
+    vocab, width = 9000, tuning.vector_width(dtype)
     rng = np.random.default_rng(4)
     rows = {
         "constant": np.full(vocab, -1.5),
@@ -72,6 +72,8 @@ def test_rows_that_overflow_the_list_or_tie(name: str, dtype: mx.Dtype) -> None:
         "two values": np.where(rng.random(vocab) < 0.6, 2.0, -3.0),
         "late": np.where(np.arange(vocab) // 256 % 2 == 1, 5.0, 0.0) + rng.random(vocab),
         "signs": np.where(rng.random(vocab) < 0.5, 0.0, -0.0),
+        # All that is large lies where the first pass looks: fewer than k scores reach its floor.
+        "sampled": np.where(np.arange(vocab) // width % 128 < 32, 5.0, 0.0) + rng.random(vocab),
     }
     z = mx.array(np.stack([rows[name], np.roll(rows[name], 777)]).astype(np.float32)).astype(dtype)
     for schedule in tools.SCHEDULES:
@@ -90,6 +92,28 @@ def test_masked_columns() -> None:
     wanted = [np.log(np.exp(row[row > -1e29].astype(np.float64)).sum()) for row in z]
     np.testing.assert_allclose(np.array(found.lse), wanted, rtol=3e-6)
     np.testing.assert_array_equal(np.array(found.lowest), z.min(-1))
+
+
+@pytest.mark.parametrize("offset", [-3e4, 1e6, 3e9, -1e30])
+def test_a_common_offset_costs_no_digits(offset: float) -> None:
+    z = np.array(tools.logits(2, 9000, mx.float32))
+    z = z.round(1 if abs(offset) < 1e5 else 0).astype(np.float64) * max(1.0, abs(offset) / 1e6) + offset
+    z = z.astype(np.float32)
+    with tools.emulated():
+        found = capture(mx.array(z), k=16, nodes=DEFAULT_NODES)
+    ids, lse, curve = _reference(mx.array(z), 16, DEFAULT_NODES)
+    np.testing.assert_array_equal(np.array(found.ids), ids)
+    np.testing.assert_allclose(np.array(found.lse), lse, rtol=1e-7)
+    np.testing.assert_allclose(np.array(found.curve), curve, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(("k", "sample"), [(16, 8), (64, 8), (256, 8), (64, 3), (1, 8), (64, 1)])
+def test_the_floor_is_seldom_too_high(k: int, sample: int) -> None:
+    rank = rank_of(k, sample)
+    rng = np.random.default_rng(0)
+    # The list is short when `rank` of the k - 1 largest scores are among the sampled ones.
+    assert (rng.binomial(k - 1, 1 / sample, 200_000) >= rank).mean() < 1e-3
+    assert rank <= k
 
 
 def test_a_tail_far_below_the_head_gives_its_largest_term() -> None:

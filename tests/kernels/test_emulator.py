@@ -59,7 +59,7 @@ def test_a_sound_reduction_runs(schedule: Schedule) -> None:
         ("SHARED(float, s, 9000); s[lid] = 1.0f; b[lid] = 0.0f;", "at most 32768"),
         ("b[lid] = a[lid + 4096];", "outside its arrays"),
         ("b[lid - 4096] = 1.0f;", "outside its arrays"),
-        ("float x[4]; read_scores<4, 0>(a + 1, x); b[lid] = x[0];", "unaligned"),
+        ("Vector<float, 4> v; read_vector<0>(a + 1, v); b[lid] = v.score[0];", "unaligned"),
     ],
 )
 def test_misuse_is_an_error(body: str, message: str) -> None:

@@ -1,7 +1,9 @@
     // The K largest scores of a row (descending, ties by lower id), the row's log-sum-exp and smallest score, and the
     // tail's log sums at the curve's nodes. About one and an eighth reads of the row:
-    //   1. Maxima of many groups over one vector in SAMPLE. Their K-th largest is a floor: at least K scores reach it.
+    //   1. Maxima of many groups over one vector in SAMPLE. Their K-th largest is a floor that at least K scores reach;
+    //      the RANK-th is one that K scores nearly always reach, and few more.
     //   2. One pass: scores at or above the floor are listed, all others enter the tail's sums (relative to the floor).
+    //      Should fewer than K be listed, the K-th largest maximum is the floor of a second pass.
     //   3. Exact selection among the listed ones. Those outside the head join the tail.
     // Should the list overflow (many ties, an odd order), a radix select over (score, id) finds the exact K-th score and
     // id in at most seven passes, and step 2 is done again: then exactly K are listed.
@@ -39,19 +41,8 @@
         maxima[lid + TG] = ordered_key(high1);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (group == 0) {
-            uint found = 0u, mine[TG / 16];
-#pragma unroll
-            for (int i = 0; i < TG / 16; i++) mine[i] = maxima[lane + 32 * i];
-            for (int b = 31; b >= FLOOR_BIT; b--) {
-                uint attempt = found | (1u << b), n = 0u;
-#pragma unroll
-                for (int i = 0; i < TG / 16; i++) n += mine[i] >= attempt ? 1u : 0u;
-                if (simd_sum(n) >= uint(K)) found = attempt;
-            }
-            if (lane == 0) {
-                state[0] = found <= BOTTOM_KEY ? 0u : found;  // groups without a score make no floor
-                state[1] = 0xffffffffu;
-            }
+            const uint wanted = uint(RANK);
+#include "capture_floor.metal"
         }
     } else if (lid == 0) {
         state[0] = 0u;
@@ -59,56 +50,72 @@
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float node_sums[8];
-    float base = LOWEST, far = BOTTOM;  // the tail's largest score is `far`
-    float low = -BOTTOM;                // the row's smallest
+    Origin origin = origin_at<GRID>(LOWEST);
+    float far = BOTTOM;   // the tail's largest score
+    float low = -BOTTOM;  // the row's smallest
     uint listed = 0u;
-    for (int turn = 0; turn < 2; turn++) {
+    for (int turn = 0; turn < 3; turn++) {
         // Below this floor scores are no finite reference (they are masks): all are looked at by their key.
         const uint floor_key = state[0], floor_column = state[1];
         const bool open = floor_key <= BOTTOM_KEY;
         const float gate = open ? BOTTOM : key_value(floor_key);
-        base = larger(gate, LOWEST);
+        const float limit = open ? bits_float(0xff800000u) : gate;
+        origin = origin_at<GRID>(larger(gate, LOWEST));
         far = BOTTOM;
         low = -BOTTOM;
 #pragma unroll
         for (int n = 0; n < 8; n++) node_sums[n] = 0.0f;
         for (int i = lid; i < lead + V - rest; i += TG) {
-            int column = i < lead ? i : i - lead + rest;
-            float x[1];
-            x[0] = float(in[column]);
-            low = smaller(low, x[0]);
             const int count = 1;
-            const int first = column;
+            const int first = i < lead ? i : i - lead + rest;
+            float x[1];
+            x[0] = float(in[first]);
+            low = smaller(low, x[0]);
 #include "capture_step.metal"
-            add_nodes<1, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(node_sums, x, base, rates);
+            add_nodes<1, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(node_sums, x, origin, rates);
+        }
+        Extremes<T> extremes;
+        start_extremes(extremes, limit);
+        Vector<T, W> next[U];
+        const DEVICE T* at = in + lead + lid * W;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (lid + u * TG < vectors) read_vector<HINT>(at + u * TG * W, next[u]);
         }
         for (int v0 = lid; v0 < vectors; v0 += TG * U) {
-            float xs[U * W];
+            at += TG * U * W;
 #pragma unroll
             for (int u = 0; u < U; u++) {
-                int v = v0 + u * TG;
-                if (v < vectors) {
-                    read_scores<W, HINT>(in + lead + v * W, xs + u * W);
-                    low = smaller(low, smallest_of<W>(xs + u * W));
-                } else {
-#pragma unroll
-                    for (int j = 0; j < W; j++) xs[u * W + j] = BOTTOM;
-                }
-            }
-#pragma unroll
-            for (int u = 0; u < U; u++) {
-                int v = v0 + u * TG;
+                const int v = v0 + u * TG;
                 if (v >= vectors) continue;
-                THREAD float* x = xs + u * W;
-                const int count = W;
-                const int first = lead + v * W;
+                const Vector<T, W> now = next[u];
+                if (v + TG * U < vectors) read_vector<HINT>(at + u * TG * W, next[u]);
+                float x[W];
+                open_vector(now, x);
+                if (!all_below(extremes, now, x)) {
+                    const int count = W;
+                    const int first = lead + v * W;
 #include "capture_step.metal"
+                }
+                add_nodes<W, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(node_sums, x, origin, rates);
             }
-            add_nodes<U * W, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(node_sums, xs, base, rates);
         }
+        far = larger(far, highest(extremes));
+        low = smaller(low, lowest_of(extremes));
         threadgroup_barrier(mem_flags::mem_threadgroup);
         listed = shared_load(counts[0]);
-        if (listed <= uint(CAP) || turn == 1) break;
+        const bool few = V > CAP && RANK < K && turn == 0 && listed < uint(K);
+        if ((!few && listed <= uint(CAP)) || turn == 2) break;
+        if (few) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            if (group == 0) {
+                const uint wanted = uint(K);
+#include "capture_floor.metal"
+                if (lane == 0) shared_store(counts[0], 0u);
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            continue;
+        }
 #include "capture_radix.metal"
     }
     if (listed > uint(CAP)) listed = uint(CAP);
@@ -152,6 +159,7 @@
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const uint last_key = state[2], last_column = state[3];
     const float reference = key_value(last_key);
+    Origin late = origin_at<0>(reference);
     float late_sums[8];
 #pragma unroll
     for (int n = 0; n < 8; n++) late_sums[n] = 0.0f;
@@ -166,13 +174,13 @@
             float x[1];
             x[0] = key_value(keys[i]);
             far = larger(far, x[0]);
-            add_nodes<1, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(late_sums, x, reference, rates);
+            add_nodes<1, NODES, GRID, P0, P1, P2, P3, P4, P5, P6, P7>(late_sums, x, late, rates);
         }
     }
 #pragma unroll
     for (int n = 0; n < NODES; n++) {
         float b = node_of<GRID, P0, P1, P2, P3, P4, P5, P6, P7>(n, rates);
-        float early = node_sums[n] == 0.0f ? 0.0f : node_sums[n] * exp2_fast((base - reference) * b * LOG2E);
+        float early = node_sums[n] == 0.0f ? 0.0f : node_sums[n] * moved<GRID>(origin, b, reference);
         float sum = simd_sum(late_sums[n] + early);
         if (lane == 0) partial[n * 32 + group] = sum;
     }

@@ -76,6 +76,38 @@ FN float smallest_of(const THREAD float* x) {
     return m;
 }
 
+template <int W, int HINT, typename T>
+FN void read_scores(const DEVICE T* from, THREAD float* x) {
+    Vector<T, W> v;
+    read_vector<HINT>(from, v);
+    open_vector(v, x);
+}
+
+// The largest and the smallest score of vectors. A prelude may have a better one for a type.
+template <typename T>
+struct Extremes {
+    float high, low, limit;
+};
+template <typename T>
+FN void start_extremes(THREAD Extremes<T>& e, float limit) {
+    e.high = BOTTOM;
+    e.low = -BOTTOM;
+    e.limit = limit;
+}
+// Whether no score x of the vector v reaches the limit; only then `high` follows it.
+template <typename T, int W>
+FN bool all_below(THREAD Extremes<T>& e, const THREAD Vector<T, W>&, const THREAD float* x) {
+    e.low = smaller(e.low, smallest_of<W>(x));
+    const float most = largest_of<W>(x);
+    if (most >= e.limit) return false;
+    e.high = larger(e.high, most);
+    return true;
+}
+template <typename T>
+FN float highest(const THREAD Extremes<T>& e) { return e.high; }
+template <typename T>
+FN float lowest_of(const THREAD Extremes<T>& e) { return e.low; }
+
 template <int POWER, int N>
 FN void add_terms(THREAD Sums& s, const THREAD float (&x)[N], float rate) {
     float hard = 0.0f, soft = 0.0f;
@@ -230,17 +262,43 @@ FN float node_of(int n, const DEVICE float* rates) {
     return float(power) / float(GRID > 0 ? GRID : 1);
 }
 
-// sums[n] += exp(b_n (x - base)) for every x. With nodes on a grid one exponential gives all of them.
+// Where exponentials are taken from. On a grid exp((x - base) / GRID) = exp2(x scale - shift + slip), one multiply-add;
+// `slip` is what rounding took from `shift`, the same for all terms, and is put back at the end. Scores about a base
+// beyond 1e9 (masks) are shifted first.
+struct Origin {
+    float base, shift, slip;
+    bool apart;
+};
+template <int GRID>
+FN Origin origin_at(float base) {
+    const float scale = LOG2E / float(GRID > 0 ? GRID : 1);
+    Origin o;
+    o.base = base;
+    o.apart = GRID == 0 || metal::fabs(base) > 1.0e9f;
+    o.shift = o.apart ? 0.0f : base * scale;
+    o.slip = o.apart ? 0.0f : metal::fma(-base, scale, o.shift);
+    return o;
+}
+// The factor that takes a sum at node b from this origin to `reference`.
+template <int GRID>
+FN float moved(const THREAD Origin& o, float b, float reference) {
+    return exp2_fast(((o.base - reference) * LOG2E + o.slip * float(GRID)) * b);
+}
+
+// sums[n] += exp(b_n (x - base)) for every x, which is used up. With nodes on a grid one exponential gives all of them.
 template <int N, int NODES, int GRID, int P0, int P1, int P2, int P3, int P4, int P5, int P6, int P7>
-FN void add_nodes(THREAD float* sums, const THREAD float* x, float base, const DEVICE float* rates) {
+FN void add_nodes(THREAD float* sums, THREAD float* x, const THREAD Origin& o, const DEVICE float* rates) {
+    if (o.apart) {
+#pragma unroll
+        for (int j = 0; j < N; j++) x[j] -= o.base;
+    }
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float d = x[j] - base;
         if (GRID == 0) {
 #pragma unroll
-            for (int n = 0; n < NODES; n++) sums[n] += exp2_fast(d * LOG2E * rates[n]);
+            for (int n = 0; n < NODES; n++) sums[n] += exp2_fast(x[j] * LOG2E * rates[n]);
         } else {
-            float u = exp2_fast(d * (LOG2E / float(GRID > 0 ? GRID : 1)));
+            float u = exp2_fast(metal::fma(x[j], LOG2E / float(GRID > 0 ? GRID : 1), -o.shift));
             if (NODES > 0) sums[0] += whole_power<P0>(u);
             if (NODES > 1) sums[1] += whole_power<P1>(u);
             if (NODES > 2) sums[2] += whole_power<P2>(u);

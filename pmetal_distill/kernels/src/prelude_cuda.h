@@ -53,6 +53,7 @@ namespace metal {
 FN float log(float x) { return logf(x); }
 FN float log2(float x) { return log2f(x); }
 FN float fabs(float x) { return fabsf(x); }
+FN float fma(float a, float b, float c) { return fmaf(a, b, c); }
 FN int min(int a, int b) { return a < b ? a : b; }
 }  // namespace metal
 
@@ -90,6 +91,7 @@ FN void store_words(Words* to, Words w) {
     if (HINT == 1) __stcs(to, w); else *to = w;
 }
 
+FN void unpack(uint w, THREAD float* x, float) { x[0] = __uint_as_float(w); }
 FN void unpack(uint w, THREAD float* x, __nv_bfloat16) {
     x[0] = __uint_as_float(w << 16);
     x[1] = __uint_as_float(w & 0xffff0000u);
@@ -108,34 +110,35 @@ FN uint pack(const THREAD float* x, __half) {
     return *reinterpret_cast<uint*>(&pair);
 }
 
-template <int W, int HINT>
-FN void read_scores(const float* from, THREAD float* x) {
-#pragma unroll
-    for (int j = 0; j < W; j += 4) {
-        uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from + j));
-        x[j] = __uint_as_float(w.x);
-        x[j + 1] = __uint_as_float(w.y);
-        x[j + 2] = __uint_as_float(w.z);
-        x[j + 3] = __uint_as_float(w.w);
-    }
-}
-template <int W, int HINT, typename T>
-FN void read_scores(const T* from, THREAD float* x) {
-    if (W == 4) {
+// W scores as they lie in memory.
+template <typename T, int W>
+struct Vector {
+    uint words[W * sizeof(T) / 4];
+};
+template <int HINT, typename T, int W>
+FN void read_vector(const T* from, Vector<T, W>& v) {
+    constexpr int count = W * sizeof(T) / 4;
+    if (count == 2) {
         uint2 w = load_words<HINT>(reinterpret_cast<const uint2*>(from));
-        unpack(w.x, x, T());
-        unpack(w.y, x + 2, T());
+        v.words[0] = w.x;
+        v.words[1] = w.y;
         return;
     }
 #pragma unroll
-    for (int j = 0; j + 8 <= W; j += 8) {
-        uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from + j));
-        unpack(w.x, x + j, T());
-        unpack(w.y, x + j + 2, T());
-        unpack(w.z, x + j + 4, T());
-        unpack(w.w, x + j + 6, T());
+    for (int i = 0; i + 4 <= count; i += 4) {
+        uint4 w = load_words<HINT>(reinterpret_cast<const uint4*>(from) + i / 4);
+        v.words[i] = w.x;
+        v.words[i + 1] = w.y;
+        v.words[i + 2] = w.z;
+        v.words[i + 3] = w.w;
     }
 }
+template <typename T, int W>
+FN void open_vector(const Vector<T, W>& v, THREAD float* x) {
+#pragma unroll
+    for (int i = 0; i < int(W * sizeof(T) / 4); i++) unpack(v.words[i], x + i * (4 / sizeof(T)), T());
+}
+
 template <int W, int HINT>
 FN void write_scores(float* to, const THREAD float* x) {
 #pragma unroll
@@ -157,3 +160,58 @@ FN void write_scores(T* to, const THREAD float* x) {
         store_words<HINT>(reinterpret_cast<uint4*>(to + j), w);
     }
 }
+
+// Two scores to a word: `Extremes` of common.h with half the instructions.
+template <typename T> struct Extremes;
+template <> struct Extremes<__half> { uint high, low, limit; };
+template <> struct Extremes<__nv_bfloat16> { uint high, low, limit; };
+
+FN uint twice(float x, __half) {
+    __half2 pair = __half2half2(__float2half_rd(x));
+    return *reinterpret_cast<uint*>(&pair);
+}
+FN uint twice(float x, __nv_bfloat16) {
+    __nv_bfloat162 pair = __bfloat162bfloat162(__float2bfloat16_rd(x));
+    return *reinterpret_cast<uint*>(&pair);
+}
+#define PAIRWISE(PAIR, T) \
+    FN uint larger_pair(uint a, uint b, T) { \
+        PAIR m = __hmax2(*reinterpret_cast<PAIR*>(&a), *reinterpret_cast<PAIR*>(&b)); \
+        return *reinterpret_cast<uint*>(&m); \
+    } \
+    FN uint smaller_pair(uint a, uint b, T) { \
+        PAIR m = __hmin2(*reinterpret_cast<PAIR*>(&a), *reinterpret_cast<PAIR*>(&b)); \
+        return *reinterpret_cast<uint*>(&m); \
+    } \
+    FN bool any_reaches(uint a, uint b, T) { \
+        return __hge2_mask(*reinterpret_cast<PAIR*>(&a), *reinterpret_cast<PAIR*>(&b)) != 0u; \
+    } \
+    FN void start_extremes(Extremes<T>& e, float limit) { \
+        e.high = twice(bits_float(0xff800000u), T()); \
+        e.low = twice(bits_float(0x7f800000u), T()); \
+        e.limit = twice(limit, T()); \
+    } \
+    template <int W> \
+    FN bool all_below(Extremes<T>& e, const Vector<T, W>& v, const float*) { \
+        uint most = v.words[0]; \
+        e.low = smaller_pair(e.low, v.words[0], T()); \
+        _Pragma("unroll") for (int i = 1; i < W / 2; i++) { \
+            most = larger_pair(most, v.words[i], T()); \
+            e.low = smaller_pair(e.low, v.words[i], T()); \
+        } \
+        if (any_reaches(most, e.limit, T())) return false; \
+        e.high = larger_pair(e.high, most, T()); \
+        return true; \
+    } \
+    FN float highest(const Extremes<T>& e) { \
+        float x[2]; \
+        unpack(e.high, x, T()); \
+        return fmaxf(x[0], x[1]); \
+    } \
+    FN float lowest_of(const Extremes<T>& e) { \
+        float x[2]; \
+        unpack(e.low, x, T()); \
+        return fminf(x[0], x[1]); \
+    }
+PAIRWISE(__half2, __half)
+PAIRWISE(__nv_bfloat162, __nv_bfloat16)

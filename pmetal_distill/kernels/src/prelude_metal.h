@@ -29,10 +29,20 @@ FN float smaller(float a, float b) { return metal::fmin(a, b); }
 template <int W, typename T>
 FN int lead_in(const DEVICE T*, int) { return 0; }
 
-template <int W, int HINT, typename T>
-FN void read_scores(const DEVICE T* from, THREAD float* x) {
+// W scores as they lie in memory.
+template <typename T, int W>
+struct Vector {
+    T score[W];
+};
+template <int HINT, typename T, int W>
+FN void read_vector(const DEVICE T* from, THREAD Vector<T, W>& v) {
 #pragma unroll
-    for (int j = 0; j < W; j++) x[j] = float(from[j]);
+    for (int j = 0; j < W; j++) v.score[j] = from[j];
+}
+template <typename T, int W>
+FN void open_vector(const THREAD Vector<T, W>& v, THREAD float* x) {
+#pragma unroll
+    for (int j = 0; j < W; j++) x[j] = float(v.score[j]);
 }
 template <int W, int HINT, typename T>
 FN void write_scores(DEVICE T* to, const THREAD float* x) {

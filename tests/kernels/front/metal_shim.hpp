@@ -35,6 +35,7 @@ float log(float);
 float log2(float);
 float fabs(float);
 float fmax(float, float);
+float fma(float, float, float);
 float fmin(float, float);
 namespace fast {
 float exp2(float);

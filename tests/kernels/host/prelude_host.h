@@ -43,6 +43,7 @@ namespace metal {
 FN float log(float x) { return ::logf(x); }
 FN float log2(float x) { return ::log2f(x); }
 FN float fabs(float x) { return ::fabsf(x); }
+FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 }  // namespace metal
 
 FN uint float_bits(float x) {
@@ -69,10 +70,18 @@ FN int lead_in(const T* row, int length) {
     return lead < length ? lead : length;
 }
 
-template <int W, int HINT, typename T>
-FN void read_scores(const T* from, float* x) {
+template <typename T, int W>
+struct Vector {
+    T score[W];
+};
+template <int HINT, typename T, int W>
+FN void read_vector(const T* from, Vector<T, W>& v) {
     if (reinterpret_cast<size_t>(from) % (W * sizeof(T))) emulator::fail("%s vector read at an unaligned address", "a");
-    for (int j = 0; j < W; j++) x[j] = float(from[j]);
+    for (int j = 0; j < W; j++) v.score[j] = from[j];
+}
+template <typename T, int W>
+FN void open_vector(const Vector<T, W>& v, float* x) {
+    for (int j = 0; j < W; j++) x[j] = float(v.score[j]);
 }
 template <int W, int HINT, typename T>
 FN void write_scores(T* to, const float* x) {
