@@ -332,6 +332,7 @@ def _fetched(states: "mx.array", rows: NDArray[np.int64]) -> NDArray[np.float32]
     """Some rows as float32."""
     import mlx.core as mx
 
+    from pmetal_distill.host_inputs import to_device
     from pmetal_distill.host_results import to_numpy
 
-    return to_numpy(states[mx.array(rows.astype(np.int32))].astype(mx.float32))
+    return to_numpy(states[to_device(rows.astype(np.int32))].astype(mx.float32))

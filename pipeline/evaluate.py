@@ -106,12 +106,12 @@ def _add_batch(
     options: EvalOptions,
     kinds: DocumentKinds | None,
 ) -> None:
-    import mlx.core as mx
 
     from pmetal_distill.evaluation import compare_hidden, document_positions
+    from pmetal_distill.host_inputs import to_device
 
-    mask, token_ids = batch.loss_mask, mx.array(batch.token_ids)
-    rows = mx.array(np.flatnonzero(mask).astype(np.int32))
+    mask, token_ids = batch.loss_mask, to_device(batch.token_ids)
+    rows = to_device(np.flatnonzero(mask).astype(np.int32))
 
     def trained_rows(model: "LoadedModel") -> "mx.array":
         if model.splits:
@@ -129,7 +129,7 @@ def _add_batch(
         teacher_hidden=trained_rows(teacher),
         student_head=lambda states: head(student, states),
         student_hidden=trained_rows(student),
-        labels=mx.array(batch.labels[mask]),
+        labels=to_device(batch.labels[mask]),
         positions=document_positions(batch.documents)[mask],
         kinds=None if kinds is None else kinds.of_document[batch.documents[mask]],
         chunk_size=options.head_chunk,

@@ -191,7 +191,9 @@ class Replay:
     ) -> None:
         import mlx.core as mx
 
-        token_ids = mx.array(batch.token_ids)
+        from pmetal_distill.host_inputs import to_device
+
+        token_ids = to_device(batch.token_ids)
         if self.teacher.splits:
             final = self.teacher.hidden(token_ids, documents=batch.documents).final
         else:
@@ -199,13 +201,13 @@ class Replay:
         for at, number in enumerate(batch.numbers.tolist()):
             positions = chosen[number]
             waiting = into.setdefault(int(batch.basis_index[at]), _Rows())
-            waiting.states.append(final[at][mx.array(positions.astype(np.int32))])
+            waiting.states.append(final[at][to_device(positions.astype(np.int32))])
             waiting.targets.append(batch.targets[at][positions])
             waiting.token_ids.append(batch.token_ids[at][positions])
             waiting.places += [(number, int(position)) for position in positions]
             trained = np.flatnonzero(batch.loss_mask[at])
             spread = trained[np.linspace(0, len(trained) - 1, min(spare, len(trained))).astype(np.int32)]
-            waiting.spare.append(final[at][mx.array(spread.astype(np.int32))])
+            waiting.spare.append(final[at][to_device(spread.astype(np.int32))])
             mx.eval(waiting.states[-1], waiting.spare[-1])
 
     def _know(self, index: int, waiting: _Rows) -> None:

@@ -191,7 +191,7 @@ class StageOne:
 
         stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
         coded: tuple[range, Coding] | None = None
-        predictor = None
+        predictor, basis = None, None
         for shard in missing:
             if writer.is_committed(shard):  # by another process, since
                 progress.advance(self._num_tokens(shard))
@@ -199,7 +199,9 @@ class StageOne:
             stretch = stretch_of[shard]
             if coded is None or coded[0] != stretch:
                 coded = stretch, self._calibrator.of_stretch(learned, stretch)
-                predictor = coded[1].predictor() if on_gpu() else None
+                if coded[1].sidecars.basis is not basis:
+                    basis = coded[1].sidecars.basis
+                    predictor = coded[1].predictor() if on_gpu() else None
             for states in self._runner.run(self._shard_range(shard)):
                 yield queue_batch(
                     shard,

@@ -56,10 +56,12 @@ class TeacherStates:
             return self
         import mlx.core as mx
 
+        from pmetal_distill.host_inputs import to_device
+
         starts, sequences = self.starts, mx.array(kept)
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept]).astype(np.int32)
         layers = {index: states[sequences] for index, states in self.layers.items()}
-        return TeacherStates(self.batch.only(kept), self.final[mx.array(rows)], layers)
+        return TeacherStates(self.batch.only(kept), self.final[to_device(rows)], layers)
 
 
 @dataclass(slots=True, eq=False)
@@ -132,13 +134,13 @@ class TeacherRunner:
         return states
 
     def _forward(self, batch: TokenBatch) -> TeacherStates:
-        import mlx.core as mx
+        from pmetal_distill.host_inputs import to_device
 
-        token_ids = mx.array(batch.token_ids)
+        token_ids = to_device(batch.token_ids)
         if self.model.splits:
             hidden = self.model.hidden(token_ids, documents=batch.documents, layers=self.layers)
             final, layers = hidden.final, hidden.layers
         else:
             final, layers = self.model.full(token_ids, documents=batch.documents), {}
-        trained = mx.array(np.flatnonzero(batch.loss_mask).astype(np.int32))
+        trained = to_device(np.flatnonzero(batch.loss_mask).astype(np.int32))
         return TeacherStates(batch, final.reshape(-1, final.shape[-1])[trained], layers)

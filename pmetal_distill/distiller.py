@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
 from pmetal_distill.losses.head import HeadParts
@@ -127,13 +128,13 @@ class Distiller:
         self.trained.eval()
         text = _as_batch(batch)
         target, _ = self.teacher.answer(text, ())
-        states = self.student.hidden(mx.array(text.token_ids), documents=text.documents)
+        states = self.student.hidden(to_device(text.token_ids), documents=text.documents)
         return head_rows(
             states.final,
             self._head(),
             [target.at(t) for t in temperatures],
-            mx.array(text.labels),
-            mx.array(text.loss_mask),
+            to_device(text.labels),
+            to_device(text.loss_mask),
             divergence=self.config.divergence,
             options=self._options,
         )
@@ -201,10 +202,10 @@ class Distiller:
         soft = target.at(self.config.temperature_at(self.updates))
         one = holds_one_document(text.documents)
         inputs = {
-            "token_ids": mx.array(text.token_ids),
-            "documents": None if one else mx.array(text.documents),
-            "labels": mx.array(text.labels),
-            "mask": mx.array(text.loss_mask),
+            "token_ids": to_device(text.token_ids),
+            "documents": None if one else to_device(text.documents),
+            "labels": to_device(text.labels),
+            "mask": to_device(text.loss_mask),
             "target": soft.arrays(),
             "layers": {str(layer): states for layer, states in layers.items()},
             "alpha": mx.array(self.config.alpha_at(self.updates)),

@@ -33,7 +33,7 @@ class Pinned:
     address: mx.array
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PinnedMemory:
     """Pieces that are given out and come back. Threads may give back; only MLX's thread may ask.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.reductions import row_logsumexp
 from schemas.arrays import TargetArrays
 from schemas.basis import NO_CEILING, SketchBasis
@@ -185,13 +186,13 @@ class TeacherTarget:
         """
         vocab_size = min(vocab_size or spec.vocab_size, spec.vocab_size)
         _check_arrays(arrays, spec, bases, basis_index, vocab_size)
-        ids, logprobs, values, coordinates = (mx.array(np.ascontiguousarray(a)) for a in arrays.parts())
+        ids, logprobs, values, coordinates = (to_device(a) for a in arrays.parts())
         if spec.tail == "none":
             return TeacherTarget.none(ids, logprobs, vocab_size=vocab_size)
         if spec.tail == "bucket":
             target = TeacherTarget.bucket(ids, logprobs, values, curve=spec.curve)
             return replace(target, vocab_size=vocab_size)
-        index = None if basis_index is None else mx.array(np.asarray(basis_index, np.int32))
+        index = None if basis_index is None else to_device(np.asarray(basis_index, np.int32))
         target = TeacherTarget.sketch(
             ids, logprobs, values, coordinates, curve=spec.curve, bases=bases, basis_index=index
         )

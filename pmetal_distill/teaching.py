@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.batch import Batch, next_token_labels
 from pmetal_distill.offline.reader import LogitCache
@@ -109,7 +110,7 @@ class LiveTeacher:
         self, batch: TrainingBatch, layers: tuple[int, ...]
     ) -> tuple[TeacherTarget, Mapping[int, mx.array]]:
         """See `Teacher.answer`."""
-        ids = mx.array(batch.token_ids)
+        ids = to_device(batch.token_ids)
         if not self._model.splits:
             logits = self._model.full(ids, batch.documents)[..., : self._vocab_size]
             return TeacherTarget.dense(logits), {}
@@ -160,4 +161,4 @@ class CachedTeacher:
             basis_index=np.repeat(stored.basis_index, stored.token_ids.shape[1]),
             vocab_size=self._vocab_size,
         )
-        return target, {layer: mx.array(stored.hidden[layer]) for layer in layers}
+        return target, {layer: to_device(stored.hidden[layer]) for layer in layers}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.losses.chunked_head import HeadOptions, head_rows
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
@@ -54,7 +55,7 @@ def target_rows(
     if student.head is None:
         raise ModelError(f"{student.source}: must have a linear head that can be split off, found none")
     target, _ = teacher.answer(batch, ())
-    states = student.hidden(mx.array(batch.token_ids), documents=batch.documents)
+    states = student.hidden(to_device(batch.token_ids), documents=batch.documents)
     distinct = list(dict.fromkeys(questions))
     soft: dict[Question, mx.array] = {}
     rows: TokenRows | None = None
@@ -64,8 +65,8 @@ def target_rows(
             states.final,
             HeadParts.of(student.head),
             [target.at(question.temperature) for question in asked],
-            mx.array(batch.labels),
-            mx.array(batch.loss_mask),
+            to_device(batch.labels),
+            to_device(batch.loss_mask),
             divergence=divergence,
             options=HeadOptions(chunk_tokens=chunk_tokens),
         )

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.modelling.anatomy import Anatomy, run_body, run_head
 from pmetal_distill.modelling.documents import document_caches, holds_one_document
 from pmetal_distill.modelling.heads import LinearHead
@@ -158,7 +159,7 @@ class LoadedModel:
                 f"{self.source}: this model cannot keep several documents apart in one sequence; "
                 "give it one document per sequence"
             )
-        numbers = mx.array(documents)
+        numbers = to_device(documents) if isinstance(documents, np.ndarray) else documents
         if self.anatomy.packing == "batch":
             return [(token_ids, document_caches(numbers, windows))]
         return [(token_ids[i : i + 1], document_caches(numbers[i], windows)) for i in range(len(token_ids))]

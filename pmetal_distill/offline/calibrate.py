@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, on_gpu
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
@@ -88,7 +89,7 @@ class Sample:
         """(hidden states, logits) of successive rows."""
         for start in range(0, len(self.states), self.chunk):
             states = self.states[start : start + self.chunk]
-            yield states, self.logits_of(mx.array(states))
+            yield states, self.logits_of(to_device(states))
 
     def logits(self) -> Iterator[Float32]:
         """The logits alone."""

@@ -5,6 +5,7 @@ Encoding then only rounds and packs: the look-ups are most of its time, and a GP
 
 import mlx.core as mx
 
+from pmetal_distill.host_inputs import to_device
 from pmetal_distill.kernels.take_off import take_off
 from schemas.arrays import Int32
 from schemas.basis import SketchBasis
@@ -21,7 +22,7 @@ class DevicePredictor:
     def __init__(self, basis: SketchBasis) -> None:
         tables = basis.tables(basis.rank)
         assert tables is not None
-        self._head, self._token = mx.array(tables.head), mx.array(tables.token)
+        self._head, self._token = to_device(tables.head), to_device(tables.token)
         self._unit = basis.step / SUBSTEPS
 
     def residual(self, token_ids: Int32, coordinates: mx.array, head_ids: mx.array) -> mx.array:
@@ -34,7 +35,7 @@ class DevicePredictor:
         """
         return take_off(
             coordinates,
-            mx.array(token_ids),
+            to_device(token_ids),
             head_ids,
             token_table=self._token,
             head_table=self._head,

@@ -61,7 +61,9 @@ def test_any_nodes(nodes: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["constant", "ascending", "descending", "two values", "late", "signs", "sampled"])
+@pytest.mark.parametrize(
+    "name", ["constant", "ascending", "descending", "two values", "late", "signs", "sampled"]
+)
 def test_rows_that_overflow_the_list_or_leave_it_short_or_tie(name: str, dtype: mx.Dtype) -> None:
     vocab, width = 9000, tuning.vector_width(dtype)
     rng = np.random.default_rng(4)

@@ -28,6 +28,7 @@ KERNELS = {
     "capture",
     "take_off",
     "to_host",
+    "from_host",
 }
 
 

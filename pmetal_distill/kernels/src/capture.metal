@@ -66,7 +66,7 @@
 #pragma unroll
         for (int n = 0; n < 8; n++) node_sums[n] = 0.0f;
         for (int i = lid; i < lead + V - rest; i += TG) {
-            const int count = 1;
+            constexpr int count = 1;
             const int first = i < lead ? i : i - lead + rest;
             float x[1];
             x[0] = float(in[first]);
@@ -93,7 +93,7 @@
                 float x[W];
                 open_vector(now, x);
                 if (!all_below(extremes, now, x)) {
-                    const int count = W;
+                    constexpr int count = W;
                     const int first = lead + v * W;
 #include "capture_step.metal"
                 }

@@ -54,6 +54,7 @@ FN float log(float x) { return logf(x); }
 FN float log2(float x) { return log2f(x); }
 FN float fabs(float x) { return fabsf(x); }
 FN float fma(float a, float b, float c) { return fmaf(a, b, c); }
+FN uint popcount(uint x) { return __popc(x); }
 FN int min(int a, int b) { return a < b ? a : b; }
 }  // namespace metal
 

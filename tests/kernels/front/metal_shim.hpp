@@ -36,6 +36,7 @@ float log2(float);
 float fabs(float);
 float fmax(float, float);
 float fma(float, float, float);
+uint popcount(uint);
 float fmin(float, float);
 namespace fast {
 float exp2(float);

@@ -43,6 +43,7 @@ namespace metal {
 FN float log(float x) { return ::logf(x); }
 FN float log2(float x) { return ::log2f(x); }
 FN float fabs(float x) { return ::fabsf(x); }
+FN uint popcount(uint x) { return uint(__builtin_popcount(x)); }
 FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 }  // namespace metal
 
