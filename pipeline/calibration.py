@@ -8,7 +8,7 @@ the data, so a resumed run and several workers come to the same.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.capture import CoordinateMap
     from pmetal_distill.offline.device_predictor import DevicePredictor
     from pmetal_distill.offline.writer import Sidecars
+    from pmetal_distill.steps import Steps
     from schemas.hidden import HiddenBasis
 
 CODEBOOK_TOKENS = 4096
@@ -136,40 +137,45 @@ class Calibrator:
         lengths = self.runner.dataset.sequence_lengths()
         return cut_stretches(lengths, self.settings.sequences_per_shard, tokens=STRETCH_TOKENS)
 
-    def of_stretch(self, learned: "Coding | DriftMonitor", stretch: range) -> Coding:
-        """What the shards of a stretch are coded with."""
+    def of_stretch(self, learned: "Coding | DriftMonitor", stretch: range) -> "Steps[Coding]":
+        """What the shards of a stretch are coded with, found in steps."""
         if isinstance(learned, Coding):
             return learned
         known = learned.calibration
-        per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences
-        numbers = range(stretch.start * per_shard, min(stretch.stop * per_shard, count))
-        if len(numbers) == count:
+        numbers = self._sequences(stretch)
+        if len(numbers) == self.runner.dataset.num_sequences:
             return self.coding(known)
-        chosen = self.judge(learned, numbers)
+        chosen = yield from self.judge(learned, numbers)
         refitted = chosen.basis is not known.basis
         if refitted:
             shards = f"shards {stretch.start} to {stretch.stop - 1}"
             self.console.note(f"{shards}: the text is unlike the sample, so they have a basis of their own")
         return self.coding(chosen, refitted=refitted)
 
-    def judge(self, monitor: "DriftMonitor", sequences: range) -> "Calibration":
-        """The calibration that a stretch uses, with the errors measured on its own text."""
-        sample, held_back = self.samples_of(sequences)
+    def forget_before(self, stretch: range) -> None:
+        """Gives up kept states of what lies before a stretch."""
+        self.runner.forget_before(self._sequences(stretch).start)
+
+    def judge(self, monitor: "DriftMonitor", sequences: range) -> "Steps[Calibration]":
+        """The calibration that a stretch uses, with the errors measured on its own text; in steps."""
+        sample, held_back = yield from self.samples_of(sequences)
         if min(len(held_back), len(sample)) < LEAST_HELD_BACK_TOKENS:
             return monitor.calibration
-        return monitor.choose(sample, held_back)
+        return (yield from monitor.choosing(sample, held_back))
 
-    def samples_of(self, sequences: range) -> tuple["Sample", "Sample"]:
-        """Rows of a stretch to fit on and, of other documents, to measure on."""
-        self.runner.forget_before(sequences.start)
+    def samples_of(self, sequences: range) -> "Steps[tuple[Sample, Sample]]":
+        """Rows of a stretch to fit on and, of other documents, to measure on; in steps."""
         starts = sorted({self.runner.batch_of(number).start for number in sequences})
         size = self.settings.batch_size * self.settings.max_seq_len
         count = max(1, min(len(starts), MOST_JUDGED_BATCHES, MOST_KEPT_TOKENS // size))
         chosen = {starts[i] for i in np.linspace(0, len(starts) - 1, count).astype(int)}
         members = [n for n in sequences if self.runner.batch_of(n).start in chosen]
         total = self._num_targets(members)
-        self.runner.keep_tokens = max(self.runner.keep_tokens, count * size)
-        rows = SampledRows.of(self.runner.run(members, keep=True), total, most=JUDGED_TOKENS)
+        # Those of the stretch before may still be waiting for their turn.
+        self.runner.keep_tokens = max(self.runner.keep_tokens, 2 * count * size)
+        rows = yield from SampledRows.gathering(
+            self.runner.run(members, keep=True), total, most=JUDGED_TOKENS
+        )
         return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
 
     def coding(self, calibration: "Calibration", *, refitted: bool = False) -> Coding:
@@ -178,6 +184,10 @@ class Calibrator:
 
         sidecars = Sidecars(calibration.basis, calibration.codebook, self._hidden_basis)
         return Coding(sidecars, calibration.map, {**calibration.measured(), "refitted": float(refitted)})
+
+    def _sequences(self, stretch: range) -> range:
+        per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences
+        return range(stretch.start * per_shard, min(stretch.stop * per_shard, count))
 
     def _sampled(self, num_tokens: int) -> "SampledRows":
         """Rows of the whole data set, evenly spread; the basis of hidden states is fitted on the way."""
@@ -283,6 +293,15 @@ class SampledRows:
         found: Iterable[TeacherStates], total: int, *, most: int, layers: Sequence[int] = ()
     ) -> "SampledRows":
         """At most `most` of the `total` rows that are found, evenly spread; only they leave the device."""
+        from pmetal_distill.steps import finish
+
+        return finish(SampledRows.gathering(found, total, most=most, layers=layers))
+
+    @staticmethod
+    def gathering(
+        found: Iterable[TeacherStates], total: int, *, most: int, layers: Sequence[int] = ()
+    ) -> "Steps[SampledRows]":
+        """`of` in steps."""
         import mlx.core as mx
 
         chosen = np.linspace(0, total - 1, min(most, total)).astype(np.int64)
@@ -293,13 +312,17 @@ class SampledRows:
             stop, mask, dtype = start + len(part.final), part.batch.loss_mask, part.final.dtype
             first, last = np.searchsorted(chosen, start), np.searchsorted(chosen, stop)
             rows = chosen[first:last] - start
-            states.append(_fetched(part.final, rows))
+            copies = [_queued(part.final, rows)]
             token_ids.append(part.batch.token_ids[mask][rows])
             documents.append(part.batch.documents[mask][rows])
             few = np.flatnonzero(mask)[rows[-first % every :: every]]
-            for index, found_block in blocks.items():
+            for index in blocks:
                 block = part.layers[index]
-                found_block.append(_fetched(block.reshape(-1, block.shape[-1]), few))
+                copies.append(_queued(block.reshape(-1, block.shape[-1]), few))
+            yield
+            states.append(copies[0]())
+            for found_block, copy in zip(blocks.values(), copies[1:], strict=True):
+                found_block.append(copy())
             start = stop
         columns = (np.concatenate(states), np.concatenate(token_ids), np.concatenate(documents))
         return SampledRows(*columns, dtype, {index: np.concatenate(b) for index, b in blocks.items()})
@@ -328,11 +351,13 @@ def fit_hidden_basis(states: Mapping[int, NDArray[np.float32]], spec: HiddenSpec
     return HiddenBasis.fit(dict(states), spec)
 
 
-def _fetched(states: "mx.array", rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Some rows as float32."""
+def _queued(states: "mx.array", rows: NDArray[np.int64]) -> Callable[[], NDArray[np.float32]]:
+    """Some rows as float32, asked for; the function returned waits for them."""
     import mlx.core as mx
 
     from pmetal_distill.host_inputs import to_device
-    from pmetal_distill.host_results import to_numpy
+    from pmetal_distill.host_results import HostCopy
 
-    return to_numpy(states[to_device(rows.astype(np.int32))].astype(mx.float32))
+    if not len(rows):
+        return lambda: np.zeros((0, states.shape[-1]), np.float32)
+    return HostCopy(states[to_device(rows.astype(np.int32))].astype(mx.float32)).take

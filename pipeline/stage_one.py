@@ -22,6 +22,7 @@ from pipeline.calibration import Calibrator, Coding
 from pipeline.console import Console, Progress
 from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
+from pipeline.stretches import Stretches
 from pipeline.teacher import TeacherRunner, TeacherStates
 from schemas.hidden_spec import HiddenSpec
 from schemas.spec import TargetSpec
@@ -189,29 +190,27 @@ class StageOne:
         """Batches of the missing shards, queued on the device one by one."""
         from pmetal_distill.offline.capture import on_gpu
 
-        stretch_of = {shard: stretch for stretch in self._calibrator.stretches() for shard in stretch}
-        coded: tuple[range, Coding] | None = None
+        stretches = Stretches(self._calibrator, learned, missing)
         predictor, basis = None, None
         for shard in missing:
             if writer.is_committed(shard):  # by another process, since
                 progress.advance(self._num_tokens(shard))
                 continue
-            stretch = stretch_of[shard]
-            if coded is None or coded[0] != stretch:
-                coded = stretch, self._calibrator.of_stretch(learned, stretch)
-                if coded[1].sidecars.basis is not basis:
-                    basis = coded[1].sidecars.basis
-                    predictor = coded[1].predictor() if on_gpu() else None
+            coding = stretches.coding(shard)
+            if coding.sidecars.basis is not basis:
+                basis = coding.sidecars.basis
+                predictor = coding.predictor() if on_gpu() else None
             for states in self._runner.run(self._shard_range(shard)):
                 yield queue_batch(
                     shard,
-                    coded[1],
+                    coding,
                     states,
                     self.teacher,
                     self.spec,
                     chunk=self.settings.head_chunk,
                     predictor=predictor,
                 )
+                stretches.go_on(shard)
 
     def _hand_over(
         self, batch: CapturedBatch, out: "BackgroundWriter", progress: Progress, *, new: bool

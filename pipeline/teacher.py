@@ -99,8 +99,9 @@ class TeacherRunner:
             numbers = list(members)
             states = self._batch(start, keep=keep)
             part = states.only(numbers)
-            # The rest of a batch is mostly asked for next, where one shard ends and another begins.
-            self._cut = None if part is states else (start, states)
+            if not keep:
+                # The rest of a batch is mostly asked for next, where one shard ends and another begins.
+                self._cut = None if part is states else (start, states)
             yield part
 
     def sample(self, sequences: Sequence[int]) -> Iterator[TeacherStates]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmetal_distill.host_inputs import to_device
-from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, on_gpu
+from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, capturing, on_gpu
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
 from pmetal_distill.offline.sketch import (
@@ -24,6 +24,7 @@ from pmetal_distill.offline.sketch import (
     fit_basis_logits,
     meant_tokens,
 )
+from pmetal_distill.steps import Steps, finish
 from pmetal_distill.target import TailBasis
 from schemas.arrays import Float32, Int32, TargetArrays, TokenRows
 from schemas.basis import NO_CEILING, SketchBasis, plan_groups
@@ -90,6 +91,10 @@ class Sample:
         for start in range(0, len(self.states), self.chunk):
             states = self.states[start : start + self.chunk]
             yield states, self.logits_of(to_device(states))
+
+    def ids_from(self, start: int, count: int) -> Int32 | None:
+        """Input ids of so many rows."""
+        return None if self.token_ids is None else self.token_ids[start : start + count]
 
     def logits(self) -> Iterator[Float32]:
         """The logits alone."""
@@ -228,10 +233,28 @@ def measure(
         temperatures: where to measure.
         tail: the basis of `codec` on a GPU, if it is there already.
     """
+    return finish(measuring(sample, codec, made, temperatures=temperatures, tail=tail))
+
+
+def measuring(
+    sample: Sample,
+    codec: Codec,
+    made: CoordinateMap | None,
+    *,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+    tail: TailBasis | None = None,
+) -> Steps[dict[float, TargetError]]:
+    """`measure` in steps."""
     meter = _meter(codec.spec, codec.basis, temperatures, tail=tail)
-    for rows, logits, targets in _stored_chunks(sample, codec, made):
-        meter.add(logits, targets, rows)
-    return meter.result()
+    start = 0
+    for hidden, logits in sample.chunks():
+        later = capturing(logits, codec.spec, hidden=hidden, sketch=made)
+        yield
+        meter.add(logits, as_stored(later(), codec, sample.ids_from(start, len(hidden))), hidden)
+        start += len(hidden)
+    result = meter.later()
+    yield
+    return result()
 
 
 def as_stored(targets: TargetArrays, codec: Codec, token_ids: Int32 | None = None) -> TargetArrays:
@@ -249,9 +272,8 @@ def _stored_chunks(
     """(hidden states, logits, targets as a reader gets them) of successive rows."""
     start = 0
     for hidden, logits in sample.chunks():
-        ids = None if sample.token_ids is None else sample.token_ids[start : start + len(hidden)]
         targets = capture(logits, codec.spec, hidden=hidden, sketch=made)
-        yield hidden, logits, as_stored(targets, codec, ids)
+        yield hidden, logits, as_stored(targets, codec, sample.ids_from(start, len(hidden)))
         start += len(hidden)
 
 
@@ -287,9 +309,13 @@ class DriftMonitor:
         Args:
             sample, held_back: tokens of the stretch, of different documents.
         """
+        return finish(self.choosing(sample, held_back))
+
+    def choosing(self, sample: Sample, held_back: Sample) -> Steps[Calibration]:
+        """`choose` in steps; a new calibration is made in one."""
         known = self.calibration
         codec = Codec(known.spec, known.basis, known.codebook)
-        error = measure(held_back, codec, known.map, tail=known.tail)
+        error = yield from measuring(held_back, codec, known.map, tail=known.tail)
         kept = replace(known, error=error)
         if not self.drifted(error):
             return kept

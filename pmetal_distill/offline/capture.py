@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pmetal_distill.host_results import HostCopy, to_numpy
+from pmetal_distill.host_inputs import to_device
+from pmetal_distill.host_results import HostCopy
 from pmetal_distill.kernels.capture import capture as capture_on_device
 from pmetal_distill.losses.plain import token_slices
 from pmetal_distill.offline.row_capture import RowCapture, non_finite
@@ -97,12 +98,28 @@ def capture(
         NonFiniteError: NaN or infinity in a row (names it).
         IncompatibleError: rows that do not fit `spec` or `sketch`.
     """
+    return capturing(logits, spec, hidden=hidden, sketch=sketch, first_row=first_row)()
+
+
+def capturing(
+    logits: Rows,
+    spec: TargetSpec,
+    *,
+    hidden: Rows | None = None,
+    sketch: CoordinateMap | None = None,
+    first_row: int = 0,
+) -> Callable[[], TargetArrays]:
+    """A `capture` that a GPU begins with at once; the function returned waits for it, or does the work."""
     _check_logits(logits, spec)
+
+    def place(row: int) -> str:
+        return f"capture row {first_row + row}"
+
     if isinstance(logits, mx.array) and on_gpu():
-        states = None if hidden is None else mx.array(hidden)
-        found = to_numpy(_queued(logits, states, spec, sketch))
-        return _received(found, spec, lambda row: f"capture row {first_row + row}")
-    return _on_host(logits, hidden, spec, sketch, lambda row: f"capture row {first_row + row}")
+        states = to_device(hidden) if isinstance(hidden, np.ndarray) else hidden
+        copy = HostCopy(_queued(logits, states, spec, sketch))
+        return lambda: _received(copy.take(), spec, place)
+    return lambda: _on_host(logits, hidden, spec, sketch, place)
 
 
 def capture_hidden(

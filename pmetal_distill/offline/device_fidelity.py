@@ -4,12 +4,14 @@ Float32 throughout, where NumPy adds up in float64: figures agree to about 1e-3.
 [rows, V] for the rows of one call, and 2 x 64 x V floats a temperature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.host_inputs import to_device
+from pmetal_distill.host_results import HostCopy
 from pmetal_distill.offline.fidelity import DIRECTIONS, TEMPERATURES, TargetError, directions
 from pmetal_distill.target import TailBasis, TeacherTarget
 from schemas.arrays import Float32, TargetArrays
@@ -37,7 +39,7 @@ class DeviceErrorMeter:
 
     def add(self, logits: mx.array, targets: TargetArrays, features: Float32) -> None:
         """Counts rows in; see `ErrorMeter.add`."""
-        projected = mx.array(np.asarray(features, np.float32) @ directions(features.shape[1]))
+        projected = to_device(np.asarray(features, np.float32) @ directions(features.shape[1]))
         target = TeacherTarget.from_arrays(targets, self._spec, bases=[self._tail])
         shifted = logits.astype(mx.float32)
         shifted = shifted - shifted.max(axis=-1, keepdims=True)
@@ -51,9 +53,18 @@ class DeviceErrorMeter:
 
     def result(self) -> dict[float, TargetError]:
         """Errors per temperature; empty before any row."""
+        return self.later()()
+
+    def later(self) -> Callable[[], dict[float, TargetError]]:
+        """Queues what `result` needs; the function returned waits for it."""
         if not self._tokens:
-            return {}
-        return {t: sums.error(self._features, self._tokens) for t, sums in self._sums.items()}
+            return dict
+        tokens = self._tokens
+        copy = HostCopy(mx.stack([sums.totals(self._features, tokens) for sums in self._sums.values()]))
+        return lambda: {
+            t: TargetError(kl / tokens, variation / tokens, wrong / max(right, 1e-30))
+            for t, (kl, variation, wrong, right) in zip(self._sums, copy.take().tolist(), strict=True)
+        }
 
 
 class _Sums:
@@ -74,11 +85,11 @@ class _Sums:
         self._right = self._right + features.T @ p
         self._mean = self._mean + p.sum(axis=0)
 
-    def error(self, features: mx.array, tokens: int) -> TargetError:
+    def totals(self, features: mx.array, tokens: int) -> mx.array:
+        """KL, total variation and the norms of the wrong and the right part of the gradient, float32 [4]."""
         centred = self._right - features[:, None] * (self._mean / tokens)
         norms = [mx.sqrt(a.square().sum(axis=-1).sum()) for a in (self._wrong, centred)]
-        kl, variation, wrong, right = np.array(mx.stack([self._kl, self._variation, *norms])).tolist()
-        return TargetError(kl / tokens, variation / tokens, wrong / max(right, 1e-30))
+        return mx.stack([self._kl, self._variation, *norms])
 
 
 def meant_on_device(logits: mx.array) -> npt.NDArray[np.float64]:

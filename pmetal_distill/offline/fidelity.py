@@ -1,6 +1,6 @@
 """How far rebuilt targets are from the teacher. Costs an exp and 64 products per logit and temperature."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,6 +81,10 @@ class ErrorMeter:
     def result(self) -> dict[float, TargetError]:
         """Errors per temperature; empty before any row."""
         return {t: self._error(s) for t, s in self._sums.items()}
+
+    def later(self) -> Callable[[], dict[float, TargetError]]:
+        """As `DeviceErrorMeter.later`: here nothing is queued."""
+        return self.result
 
     def _projected(self, features: Float32) -> Float32:
         if self._directions is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from pipeline.cache import read_data, run_cache, target_spec
 from pipeline.calibration import Calibrator, SampledRows, cut_stretches
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
+from pipeline.stretches import Stretches
 from pipeline.teacher import TeacherRunner
 from pmetal_distill.models import load_model
 from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.steps import finish
 
 MONOTONE = "a a a a a a a a " * 4
 USUAL = "The quick brown fox jumps over the lazy dog. "
@@ -44,14 +47,14 @@ def test_a_stretch_unlike_the_sample_gets_a_basis_of_its_own(tiny_teacher: Path,
     usual = calibrator(tiny_teacher, tmp_path, "usual", [MONOTONE + str(n) for n in range(40)])
     strange = calibrator(tiny_teacher, tmp_path, "strange", [f"{n} " + STRANGE * 3 for n in range(40)])
     monitor = usual.monitor()
-    at_home = usual.judge(monitor, range(8))
+    at_home = finish(usual.judge(monitor, range(8)))
     assert at_home.basis is monitor.calibration.basis
-    abroad = strange.judge(monitor, range(8))
+    abroad = finish(strange.judge(monitor, range(8)))
     assert abroad.basis is not monitor.calibration.basis
     assert abroad.basis.rank == monitor.calibration.basis.rank
     own = strange.monitor().calibration.error[2.0].gradient
     assert abroad.error[2.0].gradient < 2 * own
-    assert strange.judge(monitor, range(8)).basis.to_bytes() == abroad.basis.to_bytes()
+    assert finish(strange.judge(monitor, range(8))).basis.to_bytes() == abroad.basis.to_bytes()
 
 
 def test_a_stretch_has_one_basis_and_a_worker_that_joins_chooses_the_same(
@@ -93,7 +96,7 @@ def test_data_of_one_stretch_takes_the_calibration_as_it_is(
     made = calibrator(tiny_teacher, tmp_path, "c", [f"{n} " + USUAL * 3 for n in range(40)])
     monitor = made.monitor()
     monkeypatch.setattr(Calibrator, "judge", lambda *_: pytest.fail("judged"))
-    coding = made.of_stretch(monitor, made.stretches()[0])
+    coding = finish(made.of_stretch(monitor, made.stretches()[0]))
     assert coding.sidecars.basis is monitor.calibration.basis
     assert coding.measured["kl@2"] == monitor.calibration.error[2.0].kl
     assert coding.measured["refitted"] == 0.0
@@ -135,3 +138,50 @@ def test_one_document_is_split_by_position(tiny_teacher: Path, tmp_path: Path) -
     fit, held_back = made._split(rows, most=10_000)
     assert len(held_back) == len(rows) // 8
     assert len(fit) == len(rows) - len(held_back)
+
+
+class Recorder:
+    """Stands in for a calibrator: writes down what is asked of it."""
+
+    def __init__(self, stretches: list[range], pauses: int) -> None:
+        self._stretches, self._pauses = stretches, pauses
+        self.said: list[str] = []
+
+    def stretches(self) -> list[range]:
+        return self._stretches
+
+    def forget_before(self, stretch: range) -> None:
+        self.said.append(f"forget before {stretch.start}")
+
+    def of_stretch(self, learned: Any, stretch: range) -> Any:
+        for number in range(self._pauses):
+            self.said.append(f"{stretch.start}: step {number}")
+            yield
+        self.said.append(f"{stretch.start}: done")
+        return f"coding {stretch.start}"
+
+
+def test_the_next_stretch_is_judged_in_the_second_half_of_this_one() -> None:
+    made: Any = Recorder([range(4), range(4, 6), range(6, 7)], pauses=2)
+    stretches, shards = Stretches(made, None, range(7)), [0, 1, 2, 3, 4, 6]
+    said = []
+    for shard in shards:
+        made.said.append(f"shard {shard} {stretches.coding(shard)}")
+        stretches.go_on(shard)
+        stretches.go_on(shard)
+        said, made.said = said + made.said, []
+    assert said == [
+        *["forget before 0", "0: step 0", "0: step 1", "0: done", "shard 0 coding 0"],
+        *["shard 1 coding 0", "4: step 0", "4: step 1", "shard 2 coding 0", "4: done", "shard 3 coding 0"],
+        *["forget before 4", "shard 4 coding 4", "6: step 0", "6: step 1"],
+        *["forget before 6", "6: done", "shard 6 coding 6"],
+    ]
+
+
+def test_shards_in_any_order_get_the_coding_of_their_stretch() -> None:
+    made: Any = Recorder([range(3), range(3, 5), range(5, 8)], pauses=1)
+    shards = [4, 5, 6, 7, 3, 2, 1, 0]
+    stretches = Stretches(made, None, shards)
+    for shard in shards:
+        assert stretches.coding(shard) == f"coding {0 if shard < 3 else 3 if shard < 5 else 5}"
+        stretches.go_on(shard)
