@@ -54,9 +54,11 @@ class Ring:
 
     Args:
         piece: the memory.
+        stream: on which it is read, so that nothing need wait for the bus.
     """
 
     piece: Pinned
+    stream: mx.Stream
     _next: int = 0
     _unread: deque[tuple[int, int, mx.array]] = field(default_factory=deque)
 
@@ -70,7 +72,9 @@ class Ring:
         count = -(-len(raw) // block) * THREADS
         start = self._place(count)
         self.piece.words[start : start + count].view(np.uint8)[: len(raw)] = raw
-        words = from_host(self.piece.address, start, count)
+        with mx.stream(self.stream):
+            words = from_host(self.piece.address, start, count)
+            mx.async_eval(words)
         self._unread.append((start, start + count, words))
         return words
 
@@ -92,4 +96,4 @@ class Ring:
 @cache
 def _ring(memory: PinnedMemory) -> Ring | None:
     piece = memory.take(RING_WORDS * WORD)
-    return None if piece is None else Ring(piece)
+    return None if piece is None else Ring(piece, memory.inputs)

@@ -36,13 +36,15 @@ class HostCopy:
         self._size = array.size
         self._place: Pinned | None = None
         memory = pinned_memory() if backend() == "cuda" else None
+        # By itself: an evaluation that spans two streams costs managed memory, and giving that up a pause.
+        mx.async_eval(array)
         if memory is not None and (place := memory.take(array.nbytes)) is not None:
             self._place = place
-            with mx.stream(memory.stream):
+            with mx.stream(memory.results):
                 array = to_host(array.view(mx.uint32), place.address)
+                mx.async_eval(array)
         self._array: mx.array | None = array
         self._view: npt.NDArray[Any] | None = None
-        mx.async_eval(array)
 
     def wait(self) -> None:
         """Until the numbers are on the host."""

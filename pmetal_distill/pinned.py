@@ -39,11 +39,12 @@ class PinnedMemory:
 
     Args:
         driver: the CUDA driver's library.
-        stream: of MLX, on which copies run.
+        inputs, results: streams of MLX on which copies to and from the device run, beside its work.
     """
 
     driver: Any
-    stream: mx.Stream
+    inputs: mx.Stream
+    results: mx.Stream
     _free: dict[int, list[Pinned]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,6 +74,8 @@ def pinned_memory() -> PinnedMemory | None:
     if mx.default_device().type != mx.DeviceType.gpu or not mx.cuda.is_available():
         return None
     try:
-        return PinnedMemory(ctypes.CDLL("libcuda.so.1"), mx.new_stream(mx.default_device()))
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
+    device = mx.default_device()
+    return PinnedMemory(driver, inputs=mx.new_stream(device), results=mx.new_stream(device))

@@ -34,7 +34,7 @@ class Driver:
 
 @pytest.fixture
 def memory(monkeypatch):
-    memory = PinnedMemory(Driver(), mx.new_stream(mx.cpu))
+    memory = PinnedMemory(Driver(), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu))
     monkeypatch.setattr(host_results, "pinned_memory", lambda: memory)
     monkeypatch.setattr(host_results, "backend", lambda: "cuda")
     with dispatch.using(HOST):
