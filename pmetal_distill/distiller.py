@@ -32,7 +32,7 @@ from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.parallel import World
 from pmetal_distill.schedule import TemperatureSchedule
-from pmetal_distill.target import SoftTarget
+from pmetal_distill.target import SoftTarget, TeacherTarget
 from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
 from schemas.errors import CheckpointError, ModelError, UsageError
 
@@ -92,14 +92,16 @@ class Distiller:
         self._update = mx.compile(update) if self._compiles else update
         self._pending: Gradients = None
         self._batches = 0
+        self._sent: tuple[TrainingBatch, tuple[TeacherTarget, Arrays]] | None = None
         self._taid = None if self.config.taid is None else self.config.taid.initial()
         self.updates = 0
 
-    def step(self, batch: TrainingBatch | Any) -> LossParts:
+    def step(self, batch: TrainingBatch | Any, *, upcoming: TrainingBatch | None = None) -> LossParts:
         """Trains on one batch; updates the weights with every `accumulation_steps`-th one.
 
         Args:
             batch: of the cache, or for a live teacher also token ids [B, L].
+            upcoming: the batch of the next call, if it is known: a GPU gets it while it works on this one.
 
         Returns:
             the loss before the update and its components, evaluated; of the whole batch of all processes.
@@ -118,7 +120,11 @@ class Distiller:
         mx.async_eval(parts, gradients)
         self._collect(gradients)
         del gradients  # so that each goes when it has been applied
-        mx.eval(parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
+        new = (parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
+        if upcoming is not None and self._compiles and isinstance(self.teacher, CachedTeacher):
+            mx.async_eval(new)
+            self._sent = upcoming, self._send(upcoming)
+        mx.eval(new)
         if self._taid is not None and self._pending is None:
             self._taid = self._next_share(parts)
         return parts
@@ -197,23 +203,30 @@ class Distiller:
         return tree_map_with_path(lambda name, _: found[name], tree)
 
     def _inputs(self, batch: TrainingBatch | Any) -> tuple[Arrays, SoftTarget]:
+        sent, self._sent = self._sent, None
         text = _as_batch(batch)
-        target, layers = self.teacher.answer(text, tuple(pair[0] for pair in self._pairs))
+        target, arrays = sent[1] if sent is not None and sent[0] is batch else self._send(text)
         soft = target.at(self.config.temperature_at(self.updates))
-        one = holds_one_document(text.documents)
         inputs = {
-            "token_ids": to_device(text.token_ids),
-            "documents": None if one else to_device(text.documents),
-            "labels": to_device(text.labels),
-            "mask": to_device(text.loss_mask),
+            **arrays,
             "target": soft.arrays(),
-            "layers": {str(layer): states for layer, states in layers.items()},
             "alpha": mx.array(self.config.alpha_at(self.updates)),
             "share": None if self._taid is None else mx.array(self._taid.t),
         }
         if self.world.size > 1:
             inputs |= self._counts(text)
         return {name: value for name, value in inputs.items() if value is not None}, soft
+
+    def _send(self, text: TrainingBatch) -> tuple[TeacherTarget, Arrays]:
+        """What a batch holds, on the device: the teacher's answer, and arrays by name or None."""
+        target, layers = self.teacher.answer(text, tuple(pair[0] for pair in self._pairs))
+        return target, {
+            "token_ids": to_device(text.token_ids),
+            "documents": None if holds_one_document(text.documents) else to_device(text.documents),
+            "labels": to_device(text.labels),
+            "mask": to_device(text.loss_mask),
+            "layers": {str(layer): states for layer, states in layers.items()},
+        }
 
     def _counts(self, text: TrainingBatch) -> Arrays:
         """Tokens of the whole batch, [soft, hard], and which share of them is here."""

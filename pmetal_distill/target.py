@@ -319,9 +319,13 @@ class SoftTarget:
 
     def tail_logits(self) -> mx.array:
         """Tail logits at T=1 [N, V] of a sketch, up to a constant; head entries are meaningless."""
-        assert self.coordinates is not None
-        rows = _of_own_basis([basis.logits(self.coordinates) for basis in self.bases], self.basis_index)
+        rows = self.uncut_tail_logits()
         return rows if self.tail_ceiling is None else mx.minimum(rows, self.tail_ceiling[:, None])
+
+    def uncut_tail_logits(self) -> mx.array:
+        """The same before `tail_ceiling` cuts them."""
+        assert self.coordinates is not None
+        return _of_own_basis([basis.logits(self.coordinates) for basis in self.bases], self.basis_index)
 
     def logits(self) -> mx.array:
         """Teacher logits at T=1 [N, V] of a dense target, float32."""

@@ -108,7 +108,7 @@ class Loop:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        parts = self.distiller.step(batch)
+        parts = self.distiller.step(batch, upcoming=batches.peek())
         self.iteration += 1
         self.log.add(self.iteration, parts, batch, waited=waited, seconds=time.perf_counter() - started)
 

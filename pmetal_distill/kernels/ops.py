@@ -28,6 +28,7 @@ class TeacherRows:
         head: float32 [n, k], log-probabilities at T.
         tail: float32 [n], log of the mass outside the head at T; 0 for a dense teacher.
         target: the same, for plain operations.
+        ceiling: [n], logits outside the head are at most this; None for no ceiling.
     """
 
     logits: mx.array
@@ -35,6 +36,7 @@ class TeacherRows:
     head: mx.array
     tail: mx.array
     target: SoftTarget
+    ceiling: mx.array | None = None
 
 
 def sparse_statistics(
@@ -87,7 +89,12 @@ def teacher_rows(target: SoftTarget) -> TeacherRows:
     assert target.head_logprobs is not None
     assert target.tail_logprobs is not None
     return TeacherRows(
-        target.tail_logits(), target.head_ids, target.head_logprobs, target.tail_logprobs, target
+        target.uncut_tail_logits(),
+        target.head_ids,
+        target.head_logprobs,
+        target.tail_logprobs,
+        target,
+        target.tail_ceiling,
     )
 
 
@@ -104,14 +111,17 @@ def dense_statistics(
         return plain.dense_statistics(logits, plain_teacher, labels, inv_temperature, divergence)
     b, t = inv_temperature, teacher
     reverse = divergence.name == "reverse_kl"
-    sums, other = pair.pair_sums(logits, t.logits, t.ids, labels, b, reverse=reverse)
+    sums, other = pair.pair_sums(logits, t.logits, t.ids, labels, b, reverse=reverse, ceiling=t.ceiling)
     top, head, lse = _whole_row(sums)
     soft_lse = mx.logaddexp(sums.soft + (sums.top - top) * b, _logsumexp(head * b))
     norms = pair.PairNorms(top, -soft_lse, other.top, t.tail - other.soft)
     if divergence.name in BY_SUMS:
         value, slope = _by_sums(sums, other, t, norms, b, divergence.name)
     else:
-        value, slope = pair.pair_divergence(logits, t.logits, t.ids, b, norms, weights=_weights(divergence))
+        weights = _weights(divergence)
+        value, slope = pair.pair_divergence(
+            logits, t.logits, t.ids, b, norms, weights=weights, ceiling=t.ceiling
+        )
         value = value + _balance(sums, t, norms, b, divergence)
     terms = _head_terms(head, soft_lse, t, b, divergence)
     return DenseStatistics(
@@ -159,6 +169,7 @@ def dense_gradient(
         divergence=_weights(divergence),
         head=at_head + hard[:, None] * mx.exp(head - s.lse[:, None]),
         label=-hard,
+        ceiling=t.ceiling,
     )
 
 

@@ -47,7 +47,14 @@ class PairNorms(NamedTuple):
 
 
 def pair_sums(
-    logits: mx.array, teacher: mx.array, ids: mx.array, labels: mx.array, inverse: mx.array, *, reverse: bool
+    logits: mx.array,
+    teacher: mx.array,
+    ids: mx.array,
+    labels: mx.array,
+    inverse: mx.array,
+    *,
+    reverse: bool,
+    ceiling: mx.array | None = None,
 ) -> tuple[TailSums, TeacherSums]:
     """One pass over a student's and a teacher's logits.
 
@@ -58,10 +65,13 @@ def pair_sums(
         labels: int32 [n], negative where there is none.
         inverse: 1/T, scalar.
         reverse: also compute `reverse_gap`.
+        ceiling: float32 [n]; teacher logits above it count as equal to it.
     """
     n, k = ids.shape
-    constants, threads = template("pair_sums", logits, k, S=teacher.dtype, REVERSE=reverse)
+    capped = ceiling is not None
+    constants, threads = template("pair_sums", logits, k, S=teacher.dtype, REVERSE=reverse, CAPPED=capped)
     inputs = {"z": logits, "t": teacher, "ids": ids, "labels": labels, "par": parameters(inverse)}
+    inputs["ceiling"] = _or_nothing(ceiling)
     outputs: dispatch.Outputs = {"stats": ((n, 8), mx.float32), **head_outputs(n, k)}
     stats, head, label = dispatch.launch(
         "pair_sums", inputs, outputs, template=constants, groups=n, threads=threads
@@ -78,19 +88,22 @@ def pair_divergence(
     norms: PairNorms,
     *,
     weights: Weights | None,
+    ceiling: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """The part of a divergence outside the head, [n], and the sum of its derivatives by ln q, [n].
 
     Args:
-        logits, teacher, ids, inverse: as for `pair_sums`.
+        logits, teacher, ids, inverse, ceiling: as for `pair_sums`.
         norms: of both rows, over all of V.
         weights: (a, b, s) for the sum of a p ln(p / m) + b q ln(q / m) with m = s p + (1 - s) q, 0 < s < 1;
             None for the sum of |p - q| / 2.
     """
     n, k = ids.shape
-    constants, threads = template("pair_divergence", logits, k, S=teacher.dtype, MIXTURE=weights is not None)
+    form = {"S": teacher.dtype, "MIXTURE": weights is not None, "CAPPED": ceiling is not None}
+    constants, threads = template("pair_divergence", logits, k, **form)
     par = parameters(inverse, *(weights or ()))
     inputs = {"z": logits, "t": teacher, "ids": ids, "par": par, "norms": padded(list(norms), 4)}
+    inputs["ceiling"] = _or_nothing(ceiling)
     outputs: dispatch.Outputs = {"result": ((n, 2), mx.float32)}
     (result,) = dispatch.launch(
         "pair_divergence", inputs, outputs, template=constants, groups=n, threads=threads
@@ -120,13 +133,14 @@ def pair_slope(
     divergence: Weights | None,
     head: mx.array,
     label: mx.array,
+    ceiling: mx.array | None = None,
 ) -> mx.array:
     """Gradient rows in the logits' type. With x and y the scores less the tops in `norms`, each entry is
 
         hard exp(x) + (soft + gap (x - y)) exp(x / T) + teacher exp(y / T) + term d(divergence) / d(ln q).
 
     Args:
-        logits, teacher, ids, labels, inverse: as for `pair_sums`.
+        logits, teacher, ids, labels, inverse, ceiling: as for `pair_sums`.
         norms: as for `pair_divergence`; offsets matter with `term` only.
         weights: the factors.
         divergence: of `term`, as `weights` of `pair_divergence`.
@@ -137,11 +151,18 @@ def pair_slope(
     form = "plain" if weights.gap is None else "gap"
     if weights.term is not None:
         form = "variation" if divergence is None else "mixture"
-    constants, threads = template("pair_grad", logits, k, S=teacher.dtype, FORM=FORMS.index(form))
+    values = {"S": teacher.dtype, "FORM": FORMS.index(form), "CAPPED": ceiling is not None}
+    constants, threads = template("pair_grad", logits, k, **values)
     zero = mx.zeros_like(weights.soft)
     columns = [zero if w is None else w for w in weights]
     inputs = {"z": logits, "t": teacher, "ids": ids, "labels": labels}
     inputs |= {"par": parameters(inverse, *(divergence or ())), "coefficients": padded(columns, 8)}
     inputs |= {"norms": padded(list(norms), 4), "d_head": head, "d_label": label}
+    inputs["ceiling"] = _or_nothing(ceiling)
     outputs: dispatch.Outputs = {"dz": (logits.shape, logits.dtype)}
     return dispatch.launch("pair_grad", inputs, outputs, template=constants, groups=n, threads=threads)[0]
+
+
+def _or_nothing(ceiling: mx.array | None) -> mx.array:
+    """An input where there is none."""
+    return dispatch.constants(0.0) if ceiling is None else ceiling.astype(mx.float32)

@@ -186,7 +186,9 @@ class BatchIterator(Iterator[Batch]):
         self._position = start
         self._prefetch = prefetch
         self._source: Iterator[tuple[Batch, Position]] | None = None
+        self._worker: _Prefetcher | None = None
         self._stop: Callable[[], object] = lambda: None
+        self._peeked: tuple[Batch, Position] | None = None
 
     @property
     def num_batches_per_epoch(self) -> float:
@@ -200,13 +202,20 @@ class BatchIterator(Iterator[Batch]):
         if self._source is None:
             self._source = self._start()
         try:
-            batch, self._position = next(self._source)
+            batch, self._position = self._peeked or next(self._source)
         except StopIteration:
             raise
         except BaseException:
             self.close()
             raise
+        self._peeked = None
         return batch
+
+    def peek(self) -> Batch | None:
+        """The next batch if it has been made already; it is not handed out by this, so the state stays."""
+        if self._peeked is None and self._worker is not None:
+            self._peeked = self._worker.made()
+        return None if self._peeked is None else self._peeked[0]
 
     def get_state(self) -> dict[str, Any]:
         """The position as a small JSON object."""
@@ -226,7 +235,7 @@ class BatchIterator(Iterator[Batch]):
     def close(self) -> None:
         """Stop the thread; the next batch would start it again from the current position."""
         self._stop()
-        self._source = None
+        self._source = self._worker = self._peeked = None
 
     def __enter__(self) -> Self:
         return self
@@ -239,9 +248,9 @@ class BatchIterator(Iterator[Batch]):
     def _start(self) -> Iterator[tuple[Batch, Position]]:
         if self._prefetch == 0:
             return self._feed.run(self._position)
-        worker = _Prefetcher(self._feed, self._position, size=self._prefetch)
-        self._stop = weakref.finalize(self, worker.stop)
-        return worker.items()
+        self._worker = _Prefetcher(self._feed, self._position, size=self._prefetch)
+        self._stop = weakref.finalize(self, self._worker.stop)
+        return self._worker.items()
 
 
 def read_batches(
@@ -297,6 +306,15 @@ class _Prefetcher:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(feed, start), name="batches", daemon=True)
         self._thread.start()
+
+    def made(self) -> tuple[Batch, Position] | None:
+        """The next item if it is a batch that is there."""
+        with self._queue.mutex:
+            first = self._queue.queue[0] if self._queue.queue else None
+        if not isinstance(first, tuple):
+            return None
+        self._queue.get()
+        return first
 
     def items(self) -> Iterator[tuple[Batch, Position]]:
         while (item := self._queue.get()) is not None:

@@ -17,7 +17,7 @@ from schemas.curve import TailCurve
 from schemas.spec import DEFAULT_NODES
 from tests.kernels import tools
 
-KINDS = ("dense", "none", "bucket", "sketch")
+KINDS = ("dense", "none", "bucket", "sketch", "sketch with a ceiling")
 ROWS = 5
 
 
@@ -32,7 +32,8 @@ def _target(kind: str, vocab: int, k: int) -> TeacherTarget:
     curve = TailCurve(DEFAULT_NODES, vocab, k)
     if kind == "bucket":
         return TeacherTarget.bucket(found.ids, logprobs, found.curve, curve=curve)
-    basis = TailBasis(tools.vector(vocab, 1), tools.vector(vocab, 2, 8))
+    ceiling = (tools.vector(8, 6), 0.0) if kind != "sketch" else ()
+    basis = TailBasis(tools.vector(vocab, 1), tools.vector(vocab, 2, 8), *ceiling)
     y = tools.vector(ROWS, 3, 8)
     return TeacherTarget.sketch(found.ids, logprobs, found.curve, y, curve=curve, bases=[basis])
 

@@ -198,3 +198,52 @@ def test_extreme_logits_stay_finite() -> None:
         for mixture in MIXTURES:
             _check_terms(inputs, 2.0, mixture, "extreme")
         _check_sums(inputs, 2.0, "extreme", bound=1e-3)  # neighbours of 1e4 lie that far apart
+
+
+@pytest.mark.parametrize("dtype", tools.DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [7, 1025, 5000])
+def test_a_ceiling_counts_as_a_teacher_that_was_cut_before(vocab: int, dtype: mx.Dtype) -> None:
+    z, t, ids, marked = _inputs(vocab, dtype, dtype, min(5, vocab - 2))
+    ceiling = mx.array(np.quantile(tools.float64(t), 0.8, axis=-1).astype(np.float32)).astype(dtype)
+    cut = mx.minimum(t, ceiling[:, None])
+    assert not mx.array_equal(cut, t)
+    norms = _norms((z, cut, ids, marked), 2.0)
+    for schedule in tools.SCHEDULES[:2]:
+        with tools.emulated(schedule):
+            found, wanted = (
+                _everything((z, y, ids, marked), norms, c) for y, c in ((t, ceiling), (cut, None))
+            )
+        for a, c in zip(found, wanted, strict=True):
+            # Sums are shifted by another number; rows of 16 bits may round to the neighbour.
+            bound = 1e-5 if a.dtype == mx.float32 else 2**-7
+            np.testing.assert_allclose(tools.float64(a), tools.float64(c), rtol=bound, atol=1e-5)
+
+
+def _everything(
+    inputs: tuple[mx.array, ...], norms: pair.PairNorms, ceiling: mx.array | None
+) -> list[mx.array]:
+    z, t, ids, marked = inputs
+    n, b = len(z), mx.array(0.5)
+    one, head = mx.ones((n,)), tools.vector(n, 1, ids.shape[-1])
+    sums, other = pair.pair_sums(z, t, ids, marked, b, reverse=True, ceiling=ceiling)
+    found = [*sums, *other]
+    for weights in MIXTURES:
+        found += pair.pair_divergence(z, t, ids, b, norms, weights=weights, ceiling=ceiling)
+    by_gap, by_term = pair.PairWeights(one, one, gap=one, teacher=one), pair.PairWeights(one, one, term=one)
+    for factors, weights in ((by_gap, None), (by_term, MIXTURES[0]), (by_term, None)):
+        found.append(
+            pair.pair_slope(
+                z,
+                t,
+                ids,
+                marked,
+                b,
+                norms,
+                factors,
+                divergence=weights,
+                head=head,
+                label=one,
+                ceiling=ceiling,
+            )
+        )
+    return found

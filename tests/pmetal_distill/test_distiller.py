@@ -219,6 +219,28 @@ def test_cached_loss_is_that_of_its_targets(student: LoadedModel, cached: tuple[
     assert loss.soft.item() == pytest.approx(rows.soft[1].sum().item() / mask.sum(), rel=1e-4)
 
 
+def test_a_batch_sent_ahead_trains_the_same(tiny_student: Path, cached: tuple[LogitCache, Any]) -> None:
+    cache, batches = cached
+    first, second = next(batches), next(batches)
+    order = [first, second, first, second]
+    runs = []
+    for upcoming in ([None] * 4, [second, first, second, None], [first, first, None, first]):
+        distiller = Distiller(
+            cache, load_model(tiny_student), DistillConfig(compiled=True), optimizer=quick()
+        )
+        sent: list[Any] = []
+        send = distiller._send
+        distiller._send = lambda text, send=send, sent=sent: (sent.append(text), send(text))[1]  # type: ignore[method-assign]
+        steps = zip(order, upcoming, strict=True)
+        losses = [distiller.step(batch, upcoming=coming).total.item() for batch, coming in steps]
+        runs.append((losses, weights(distiller.trained), len(sent)))
+    assert runs[0][0] == runs[1][0] == runs[2][0]
+    for name, array in runs[0][1].items():
+        np.testing.assert_array_equal(array, runs[1][1][name])
+        np.testing.assert_array_equal(array, runs[2][1][name])
+    assert [sent for *_, sent in runs] == [4, 4, 6]
+
+
 def test_taid_moves_the_teacher_and_its_state_survives(
     teacher: LoadedModel, student: LoadedModel, dataloader: list[np.ndarray]
 ) -> None:

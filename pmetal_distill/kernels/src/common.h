@@ -163,6 +163,10 @@ FN PairSums no_pair_sums() {
     return s;
 }
 
+// A teacher's score that a ceiling cuts, or none does.
+template <bool CAPPED>
+FN float capped(float y, float ceiling) { return CAPPED ? smaller(y, ceiling) : y; }
+
 // A shift for a row: its first score, unless that is a mask.
 FN float shift_for(float first) { return metal::fabs(first) < 1.0e6f ? first : 0.0f; }
 

@@ -10,6 +10,7 @@
     const float rate = par[0] * LOG2E, wp = par[1], wq = par[2], share = par[3];
     const float x_top = norms[size_t(row) * 4], x_offset = norms[size_t(row) * 4 + 1] * LOG2E;
     const float y_top = norms[size_t(row) * 4 + 2], y_offset = norms[size_t(row) * 4 + 3] * LOG2E;
+    const float cap = CAPPED ? ceiling[row] : -BOTTOM;
     int lead = lead_in<W>(in, V);
     if (lead_in<W>(teacher, V) != lead) lead = V;
     const int vectors = (V - lead) / W;
@@ -24,7 +25,7 @@
             out = false;
             for (int e = 0; e < K; e++) out = out || ids[size_t(row) * size_t(K) + size_t(e)] == column;
         }
-        float lp = (float(teacher[column]) - y_top) * rate + y_offset;
+        float lp = (capped<CAPPED>(float(teacher[column]), cap) - y_top) * rate + y_offset;
         float lq = (float(in[column]) - x_top) * rate + x_offset;
         Term term = MIXTURE ? mixture_term(lp, lq, wp, wq, share) : variation_term(lp, lq);
         value += out ? 0.0f : term.value;
@@ -53,7 +54,7 @@
             float more = 0.0f, more_slope = 0.0f;
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                float lp = (y[u * W + j] - y_top) * rate + y_offset;
+                float lp = (capped<CAPPED>(y[u * W + j], cap) - y_top) * rate + y_offset;
                 float lq = (x[u * W + j] - x_top) * rate + x_offset;
                 Term term = MIXTURE ? mixture_term(lp, lq, wp, wq, share) : variation_term(lp, lq);
                 bool out = ((skip >> j) & 1u) != 0u;

@@ -17,6 +17,7 @@
     const int power = whole_temperature(par[0]);
     const int marked = labels[row];
     const float marked_slope = d_label[row];
+    const float cap = CAPPED ? ceiling[row] : -BOTTOM;
     int lead = lead_in<W>(in, V);
     if (lead_in<W>(teacher, V) != lead || lead_in<W>(out, V) != lead) lead = V;
     const int vectors = (V - lead) / W;

@@ -1,4 +1,4 @@
-                float d = x - x_top, other = y - y_top;
+                float d = x - x_top, other = capped<CAPPED>(y, cap) - y_top;
                 float e = exp2_fast(d * rate);
                 float g = soft * e;
                 if (FORM == 1) g += gap * (d - other) * e;

@@ -15,6 +15,7 @@
     const int vectors = (V - lead) / W;
     const int rest = lead + vectors * W;
 #include "mark_head.metal"
+    const float cap = CAPPED ? ceiling[row] : -BOTTOM;
     const float x_shift = shift_for(float(in[0])), y_shift = shift_for(float(teacher[0]));
     PairSums sums = no_pair_sums();
     for (int i = lid; i < lead + V - rest; i += TG) {
@@ -27,7 +28,7 @@
         }
         float x[1], y[1];
         x[0] = out ? LOWEST : float(in[column]);
-        y[0] = out ? LOWEST : float(teacher[column]);
+        y[0] = out ? LOWEST : capped<CAPPED>(float(teacher[column]), cap);
         add_pair<REVERSE>(sums, x, y, x_shift, y_shift, rate, slack, power);
     }
     for (int v0 = lid; v0 < vectors; v0 += TG * U) {
@@ -38,6 +39,8 @@
             if (v < vectors) {
                 read_scores<W, HINT>(in + lead + v * W, x + u * W);
                 read_scores<W, HINT>(teacher + lead + v * W, y + u * W);
+#pragma unroll
+                for (int j = 0; j < W; j++) y[u * W + j] = capped<CAPPED>(y[u * W + j], cap);
             } else {
 #pragma unroll
                 for (int j = 0; j < W; j++) x[u * W + j] = y[u * W + j] = LOWEST;

@@ -172,6 +172,39 @@ def test_state_advances_when_a_batch_is_handed_out_not_when_it_is_prefetched(cac
     assert batches.get_state()["position"] == 4
 
 
+def test_a_batch_can_be_seen_before_it_is_handed_out(cache):
+    wanted = numbers_of(cache.batches(batch_size=4, seed=0, epochs=2))
+    with cache.batches(batch_size=4, seed=0, epochs=2) as batches:
+        assert batches.peek() is None  # nothing runs before the first one is asked for
+        found, seen = [], 0
+        for batch in batches:
+            found.append(batch.numbers.tolist())
+            state, upcoming = batches.get_state(), batches.peek()
+            assert batches.get_state() == state
+            if upcoming is not None:
+                seen += 1
+                assert batches.peek() is upcoming
+                assert upcoming.numbers.tolist() == wanted[len(found)]
+            else:
+                time.sleep(0.05)
+        assert batches.peek() is None
+    assert found == wanted
+    assert seen > 0
+    with cache.batches(batch_size=4, seed=0, prefetch=0) as batches:
+        next(batches)
+        assert batches.peek() is None
+
+
+def test_what_was_only_seen_is_forgotten_with_a_new_state(cache):
+    with cache.batches(batch_size=4, seed=0) as batches:
+        first = next(batches)
+        start = cache.batches(batch_size=4, seed=0).get_state()
+        while batches.peek() is None:
+            time.sleep(0.01)
+        batches.set_state(start)
+        assert next(batches).numbers.tolist() == first.numbers.tolist()
+
+
 def test_the_state_is_a_few_integers_and_a_hash(cache):
     state = cache.batches(batch_size=4, seed=0).get_state()
     root = state.pop("root")
