@@ -8,9 +8,9 @@
 `mlx_lm` is the compiled step of `mlx_lm.tuner.trainer`: `default_loss` and AdamW. `bucket` and `sketch` are
 steps of a `Distiller` with AdamW from caches of that kind, at alpha 0.5 and T 2, without clipping, which
 mlx-lm does not do. All take turns, so that a busy machine slows all of them; the median round counts. `read`
-is the time to read and decode a batch without prefetching, as a share of the step. `peak MB` is what one step
-more takes at most beyond what it finds there (weights, optimizer, a sketch's basis of 4 V (r + 1) bytes), by
-MLX's count and Python's (NumPy). How far it has come goes to stderr.
+is the time to read and decode a batch without prefetching, as a share of the step. `peak MB` is what three
+steps in a row take at most beyond what they find there (weights, optimizer, a sketch's basis of 4 V (r + 1)
+bytes), by MLX's count and Python's (NumPy). How far it has come goes to stderr.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def distiller_step(
     optimizer = optim.AdamW(learning_rate=1e-5)
     config = DistillConfig(chunk_tokens=chunk_tokens)
     distiller = Distiller(cache, student(folder, size, dtype), config, optimizer=optimizer)
-    return lambda: distiller.step(batches[0]), reading
+    return lambda: distiller.step(batches[0], upcoming=batches[0]), reading
 
 
 def median_seconds(steps: dict[str, Step], rounds: int) -> dict[str, float]:
@@ -194,13 +194,14 @@ def median_seconds(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 
 def peak_bytes(step: Step) -> int:
-    """What a step takes at most beyond what is there before it: MLX's arrays, and NumPy's."""
+    """What three steps take at most beyond what is there before them: MLX's arrays, and NumPy's."""
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     tracemalloc.start()
-    step()
+    for _ in range(3):
+        step()
     mx.synchronize()
     _, host = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -215,17 +216,19 @@ def report(name: str, size: Size, options: argparse.Namespace) -> None:
         steps = {"mlx_lm": cross_entropy_step(Path(folder), options.tails[0], size, dtype)}
         reading = {}
         for tail in options.tails:
-            steps[tail], reading[tail] = distiller_step(Path(folder), tail, size, dtype, options.chunk_tokens)
+            for chunk in options.chunk_tokens or [None]:
+                step = f"{tail}@{chunk}" if chunk else tail
+                steps[step], reading[step] = distiller_step(Path(folder), tail, size, dtype, chunk)
         say("students made")
         seconds = median_seconds(steps, options.rounds)
         peaks = {step: peak_bytes(steps[step]) for step in steps}
     print(f"\n{name}, {size}, {options.dtype}")
-    print(f"{'step':10}{'seconds':>9}{'of mlx_lm':>11}{'tokens/s':>10}{'peak MB':>9}{'read':>7}")
+    print(f"{'step':12}{'seconds':>9}{'of mlx_lm':>11}{'tokens/s':>10}{'peak MB':>9}{'read':>7}")
     for step, value in seconds.items():
         read = f"{reading[step] / value:7.1%}" if step in reading else ""
         rate = size.batch * size.length / value
         ratio, peak = value / seconds["mlx_lm"], peaks[step] / 1e6
-        print(f"{step:10}{value:9.4f}{ratio:11.2f}{rate:10.0f}{peak:9.0f}{read}", flush=True)
+        print(f"{step:12}{value:9.4f}{ratio:11.2f}{rate:10.0f}{peak:9.0f}{read}", flush=True)
 
 
 def main() -> None:
@@ -236,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tails", nargs="+", default=TAILS, choices=TAILS)
-    parser.add_argument("--chunk-tokens", type=int, help="tokens whose logits exist at once")
+    parser.add_argument("--chunk-tokens", type=int, nargs="+", help="tokens whose logits exist at once")
     options = parser.parse_args()
     say("imported")
     print(f"MLX {mx.__version__}, {mx.default_device()}, NumPy {np.__version__}")
