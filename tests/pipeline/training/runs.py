@@ -102,12 +102,12 @@ def stop_after(monkeypatch: Any, step: int, error: Callable[[], BaseException]) 
 
     inner, count = Distiller.step, 0
 
-    def step_or_fail(self: Distiller, batch: Any) -> Any:
+    def step_or_fail(self: Distiller, batch: Any, **named: Any) -> Any:
         nonlocal count
         if count == step:
             raise error()
         count += 1
-        return inner(self, batch)
+        return inner(self, batch, **named)
 
     monkeypatch.setattr(Distiller, "step", step_or_fail)
 
