@@ -27,6 +27,7 @@ import mlx.core as mx  # isort: skip
 
 from benchmarks import kernel_cases as cases
 from benchmarks import kernel_checks, kernel_rivals
+from pmetal_distill.device import on_gpu
 from pmetal_distill.kernels import backend, capture, ops, row, tuning
 from schemas.spec import DEFAULT_NODES
 
@@ -298,8 +299,8 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bf16,fp32,fp16")
     parser.add_argument("--no-tune", action="store_true")
     options = parser.parse_args()
-    gpu = mx.default_device().type == mx.DeviceType.gpu
-    rows, vocab = options.rows or (8192 if gpu else 32), options.vocab or (151936 if gpu else 32000)
+    rows = options.rows or (8192 if on_gpu() else 32)
+    vocab = options.vocab or (151936 if on_gpu() else 32000)
     bench = Bench(rows, vocab, not options.no_tune, options.repeats)
     bench.all_types = "fp16" in options.dtypes
     bench.dtypes = tuple(d for d in options.dtypes.split(",") if d != "fp16")

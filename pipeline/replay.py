@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.console import Console
 from pipeline.exchange import UNVERIFIED
 from pipeline.text import packed_text
+from pmetal_distill.device import on_gpu
 from schemas.arrays import TargetArrays
 from schemas.errors import NonFiniteError, UsageError
 
@@ -260,7 +261,7 @@ class Replay:
         """Logits [m, V] of successive rows, and the unit roundoff of the teacher's type."""
         import mlx.core as mx
 
-        from pmetal_distill.offline.capture import as_numpy, on_gpu
+        from pmetal_distill.offline.capture import as_numpy
 
         rows = mx.concatenate(states)
         for start in range(0, len(rows), HEAD_CHUNK):

@@ -24,6 +24,7 @@ from pipeline.data import PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.stretches import Stretches
 from pipeline.teacher import TeacherRunner, TeacherStates
+from pmetal_distill.device import on_gpu
 from schemas.hidden_spec import HiddenSpec
 from schemas.spec import TargetSpec
 
@@ -138,7 +139,6 @@ class StageOne:
     def write_missing(self, writer: "CacheWriter") -> None:
         """Writes every shard that nobody has committed."""
         from pmetal_distill.offline.background import BackgroundWriter
-        from pmetal_distill.offline.capture import on_gpu
 
         missing = own_first(writer.missing_shards(), self.rank, self.world_size)
         if not missing:
@@ -188,8 +188,6 @@ class StageOne:
         progress: Progress,
     ) -> Iterator[CapturedBatch]:
         """Batches of the missing shards, queued on the device one by one."""
-        from pmetal_distill.offline.capture import on_gpu
-
         stretches = Stretches(self._calibrator, learned, missing)
         predictor, basis = None, None
         for shard in missing:

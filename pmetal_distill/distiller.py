@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
+from pmetal_distill.device import on_cpu
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
@@ -85,8 +86,7 @@ class Distiller:
             self.trained.aligner = aligner
         self._pairs = aligner.pairs if aligner is not None else ()
         self._options = HeadOptions(chunk_tokens=self.config.chunk_tokens)
-        on_gpu = mx.default_device() != mx.Device(mx.cpu)
-        self._compiles = on_gpu if self.config.compiled is None else self.config.compiled
+        self._compiles = not on_cpu() if self.config.compiled is None else self.config.compiled
         self._functions: dict[Any, Callable[..., tuple[LossParts, Gradients]]] = {}
         update = _updating(self.optimizer, self.config)
         self._update = mx.compile(update) if self._compiles else update

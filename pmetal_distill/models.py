@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from pmetal_distill.device import on_cpu
 from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sha256
 from pmetal_distill.home import cache_home
 from pmetal_distill.modelling.anatomy import CacheKind, examine
@@ -106,7 +107,7 @@ def load_model(
     tokenizer = load_tokenizer(
         folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
     )
-    if mx.default_device().type == mx.cpu:
+    if on_cpu():
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return wrap_model(model, tokenizer, config, source=source, folder=folder)
@@ -133,7 +134,7 @@ def locate_model(path_or_repo: str | Path) -> Path:
 
 
 def _converted(path: Path) -> Path:
-    dtype = "float32" if mx.default_device().type == mx.cpu else "float16"
+    dtype = "float32" if on_cpu() else "float16"
     name = f"{path.stem}-{dtype}-{file_sha256(path)[:16]}"
     return convert_gguf(path, cache_home() / "gguf" / name, dtype=dtype)
 

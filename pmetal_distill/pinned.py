@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.device import on_cuda
 from pmetal_distill.kernels.to_host import address_of
 
 BLOCK = 1 << 21  # sizes are multiples of this, so that few are needed
@@ -71,7 +72,7 @@ class PinnedMemory:
 @cache
 def pinned_memory() -> PinnedMemory | None:
     """This process's, where MLX computes on CUDA."""
-    if mx.default_device().type != mx.DeviceType.gpu or not mx.cuda.is_available():
+    if not on_cuda():
         return None
     try:
         driver = ctypes.CDLL("libcuda.so.1")

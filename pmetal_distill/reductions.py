@@ -6,13 +6,15 @@ MLX's CPU build adds a row up in one running sum a SIMD lane: at 150,000 terms f
 
 import mlx.core as mx
 
+from pmetal_distill.device import on_cpu
+
 _BLOCK = 64
 
 
 def row_sum(rows: mx.array) -> mx.array:
     """Sum over the last axis, [..., V] -> [...]."""
     vocab = rows.shape[-1]
-    if vocab <= _BLOCK or mx.default_device() != mx.Device(mx.cpu):
+    if vocab <= _BLOCK or not on_cpu():
         return rows.sum(axis=-1)
     whole = vocab - vocab % _BLOCK
     total = row_sum(rows[..., :whole].reshape(*rows.shape[:-1], -1, _BLOCK).sum(axis=-1))
@@ -21,7 +23,7 @@ def row_sum(rows: mx.array) -> mx.array:
 
 def row_logsumexp(rows: mx.array) -> mx.array:
     """log sum exp over the last axis, [..., V] -> [...]; finite for finite rows."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    if not on_cpu():
         return mx.logsumexp(rows, axis=-1)
     top = rows.max(axis=-1, keepdims=True)
     return mx.log(row_sum(mx.exp(rows - top))) + top[..., 0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from pipeline.settings import TrainSettings
+from pmetal_distill.device import on_cpu
 from schemas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def sequence_length(settings: TrainSettings, source: "Source") -> int:
 
 
 def _activations(settings: TrainSettings, student: "LoadedModel", tokens: int, length: int) -> int:
-    everything = on_host() and not settings.grad_checkpoint
+    everything = on_cpu() and not settings.grad_checkpoint
     factors = (_HOST if everything else _LAZY)[settings.fine_tune_type]
     size, layers = _value_bytes(student), list(student.model.layers)
     learns = [_num_bytes(block.trainable_parameters()) > 0 for block in layers]
@@ -160,7 +161,7 @@ def _block_values(student: "LoadedModel", block: Any, factors: Factors, length: 
 def _head(settings: TrainSettings, model: "LoadedModel", tokens: int) -> int:
     from pmetal_distill.losses.job import default_chunk_tokens
 
-    chunks = 2.0 if on_host() else Factors(0, 0).chunks
+    chunks = 2.0 if on_cpu() else Factors(0, 0).chunks
     at_once = settings.head_chunk or default_chunk_tokens(model.vocab_size)
     return int(min(at_once, tokens) * model.vocab_size * 4 * chunks)
 
@@ -186,13 +187,6 @@ def _value_bytes(model: "LoadedModel") -> int:
 
     arrays: Any = tree_flatten(model.model.parameters())
     return max((array.itemsize for _, array in arrays if mx.issubdtype(array.dtype, mx.floating)), default=4)
-
-
-def on_host() -> bool:
-    """Whether steps run eagerly on the CPU, with the head's loss on the host."""
-    import mlx.core as mx
-
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def _num_bytes(tree: Any) -> int:

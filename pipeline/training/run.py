@@ -17,6 +17,7 @@ from pipeline.training.identity import check_same_content, check_same_settings, 
 from pipeline.training.log import RunLog
 from pipeline.training.memory import check_memory
 from pipeline.training.reporting import Metrics, NoMetrics, begin_services
+from pmetal_distill.device import on_cuda
 from schemas.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -68,9 +69,7 @@ def limit_queued_memory() -> None:
     Arrays live until the part that used them is done, and MLX's own 1000 MB keep gigabytes of a step alive.
     MLX reads the variable before it queues its first work.
     """
-    import mlx.core as mx
-
-    if mx.cuda.is_available():
+    if on_cuda():
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
 
 

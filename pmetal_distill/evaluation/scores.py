@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.device import on_cpu
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.job import TokenRows
 
@@ -83,7 +84,7 @@ def score_logits(
 
 def _views(teacher: mx.array, student: mx.array, labels: mx.array) -> tuple[ModuleType, tuple[Any, Any, Any]]:
     teacher, student = teacher.astype(mx.float32), student.astype(mx.float32)
-    if mx.default_device() != mx.Device(mx.cpu):
+    if not on_cpu():
         return mx, (teacher, student, labels)
     mx.eval(teacher, student, labels)
     return np, (np.array(teacher, copy=False), np.array(student, copy=False), np.array(labels, copy=False))

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 
+from pmetal_distill.device import on_cuda, on_gpu
 from pmetal_distill.kernels import sources
 from schemas.errors import UsageError
 
@@ -56,11 +57,11 @@ def backend() -> Backend:
     wish = os.environ.get(VARIABLE, "auto") or "auto"
     if wish not in ("auto", "plain"):
         raise UsageError(f"{VARIABLE}: must be 'auto' or 'plain', found {wish!r}; unset it for the default")
-    if wish == "plain" or mx.default_device().type != mx.DeviceType.gpu:
+    if wish == "plain" or not on_gpu():
         return "plain"
     if mx.metal.is_available():
         return "metal"
-    return "cuda" if mx.cuda.is_available() else "plain"
+    return "cuda" if on_cuda() else "plain"
 
 
 def platform() -> Platform | None:

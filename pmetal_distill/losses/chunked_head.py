@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
+from pmetal_distill.device import on_cpu
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses import host, plain
 from pmetal_distill.losses.chunk import RowOps
@@ -185,7 +186,7 @@ def choose_backend(hidden: mx.array, wanted: Backend) -> Literal["plain", "host"
     """
     if wanted == "plain" or (wanted == "auto" and os.environ.get("PMETAL_KERNELS") == "plain"):
         return "plain"
-    possible = mx.default_device() == mx.Device(mx.cpu) and host.can_evaluate(hidden)
+    possible = on_cpu() and host.can_evaluate(hidden)
     if wanted == "host" and not possible:
         raise UsageError("backend 'host' works on the CPU outside mx.compile only; use 'auto' or 'plain'")
     return "host" if possible else "plain"

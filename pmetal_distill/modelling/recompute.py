@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from pmetal_distill.device import on_cpu
 from pmetal_distill.losses.host import can_evaluate
 
 
@@ -95,7 +96,7 @@ def _without_graph(output: Any) -> Any:
     On the CPU the head's loss evaluates its inputs while a gradient is being traced, which keeps every array
     in their graph. `mx.checkpoint` wants nothing of this graph: the backward pass makes its own.
     """
-    eager = mx.default_device() == mx.Device(mx.cpu) and getattr(output, "dtype", None) == mx.float32
+    eager = on_cpu() and getattr(output, "dtype", None) == mx.float32
     return mx.array(np.array(output)) if eager and can_evaluate(output) else output
 
 

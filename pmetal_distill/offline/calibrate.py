@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.device import on_gpu
 from pmetal_distill.host_inputs import to_device
-from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, capturing, on_gpu
+from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, capturing
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
 from pmetal_distill.offline.sketch import (

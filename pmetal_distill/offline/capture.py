@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pmetal_distill.device import on_cuda, on_gpu
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.host_results import HostCopy
 from pmetal_distill.kernels.capture import capture as capture_on_device
@@ -233,13 +234,8 @@ def rows_at_once(asked: int | None, vocab_size: int) -> int:
     """
     if asked is not None:
         return asked
-    most = 1 << (30 if mx.cuda.is_available() else 29)
+    most = 1 << (30 if on_cuda() else 29)
     return min(max(most // vocab_size // 256 * 256, 256), 8192) if on_gpu() else 256
-
-
-def on_gpu() -> bool:
-    """Whether MLX's default device is a GPU, so that work is queued and NumPy only gets results."""
-    return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def as_numpy(rows: Rows) -> npt.NDArray[np.float32]:

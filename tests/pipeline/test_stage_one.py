@@ -38,8 +38,12 @@ def settings(teacher: Path, data: Path, out: Path, **changes: Any) -> CacheSetti
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queued captures and measures on the device, by plain operations on the CPU."""
-    monkeypatch.setattr(capture, "on_gpu", lambda: True)
-    monkeypatch.setattr("pmetal_distill.offline.calibrate.on_gpu", lambda: True)
+    for module in (
+        "pmetal_distill.offline.capture",
+        "pmetal_distill.offline.calibrate",
+        "pipeline.stage_one",
+    ):
+        monkeypatch.setattr(f"{module}.on_gpu", lambda: True)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_layers": (1, -1)}, SKETCH], ids=["bucket", "sketch"])

@@ -214,7 +214,7 @@ def test_gpus_take_the_same_formulas_in_mlx(monkeypatch: pytest.MonkeyPatch) -> 
     chunk = [mx.array(a) for a in tied()]
     host, device = Comparison((1.0, 2.0)), Comparison((1.0, 2.0))
     host.add(*chunk)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     device.add(*chunk)
     assert device.summary() == pytest.approx(host.summary(), rel=1e-5)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from pmetal_distill.device import on_cpu
 from pmetal_distill.models import (
     cache_home,
     compare_tokenizers,
@@ -48,7 +49,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
     def test_half_precision_runs_as_float32_on_the_cpu(self, folder: Path, dtype: mx.Dtype) -> None:
-        if mx.default_device().type != mx.cpu:
+        if not on_cpu():
             pytest.skip("half precision stays as it is on a GPU")
         weights: Any = mx.load(str(folder / "model.safetensors"))
         halves = {name: tensor.astype(dtype) for name, tensor in weights.items()}
