@@ -30,9 +30,10 @@ from benchmarks.gradients import CHUNK, TEMPERATURES, Chunk, Text, bucketed, mea
 from pipeline.demo import demo_teacher
 from pipeline.demo_text import demo_documents
 from pmetal_distill.models import LoadedModel, load_model
-from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample, as_stored, calibrate
+from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, as_stored, calibrate
 from pmetal_distill.offline.capture import as_numpy, capture
 from pmetal_distill.offline.rebuild import head_logprobs, reconstruct_logprobs
+from pmetal_distill.offline.sample import Sample
 from pmetal_distill.offline.writer import CacheWriter, CapturedSequence
 from pmetal_distill.students import init_student
 from schemas.arrays import TargetArrays

@@ -23,7 +23,8 @@ import numpy as np
 
 from pmetal_distill.losses import Divergence, HeadOptions, HeadParts, head_loss, head_rows
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from schemas.curve import TailCurve
 
 VOCAB, TEMPERATURE = 49152, 2.0

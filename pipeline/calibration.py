@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from pmetal_distill.models import LoadedModel
-    from pmetal_distill.offline.calibrate import Calibration, DriftMonitor, Sample
+    from pmetal_distill.offline.calibrate import Calibration, DriftMonitor
     from pmetal_distill.offline.capture import CoordinateMap
     from pmetal_distill.offline.device_predictor import DevicePredictor
+    from pmetal_distill.offline.sample import Sample
     from pmetal_distill.offline.writer import Sidecars
     from pmetal_distill.steps import Steps
     from schemas.hidden import HiddenBasis
@@ -231,8 +232,8 @@ class Calibrator:
         return self._sample(rows[~apart]), self._sample(rows[apart]).thinned(most)
 
     def _sample(self, rows: "SampledRows") -> "Sample":
-        from pmetal_distill.offline.calibrate import Sample
         from pmetal_distill.offline.capture import rows_at_once
+        from pmetal_distill.offline.sample import Sample
 
         chunk = rows_at_once(self.settings.head_chunk, self.spec.vocab_size)
 

@@ -8,6 +8,9 @@ import mlx.core as mx
 
 from pmetal_distill.device import on_cpu
 
+NEGATIVE = -1e30
+"""Finite stand-in for the log of zero: `0 * NEGATIVE` is 0 where `0 * -inf` is NaN."""
+
 _BLOCK = 64
 
 

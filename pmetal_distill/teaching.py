@@ -16,7 +16,8 @@ from pmetal_distill.host_inputs import to_device
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.batch import Batch, next_token_labels
 from pmetal_distill.offline.reader import LogitCache
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from schemas.errors import IncompatibleError
 
 Int32 = npt.NDArray[np.int32]

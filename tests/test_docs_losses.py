@@ -11,7 +11,8 @@ import pytest
 from pmetal_distill.losses import HeadOptions, HeadParts, HiddenStateLoss, head_loss
 from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from schemas.curve import TailCurve
 from tools.reference.sources import ROOT
 

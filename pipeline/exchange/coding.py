@@ -19,7 +19,7 @@ from pipeline.exchange.targets import head_targets
 from schemas.codebook import Codebook
 
 if TYPE_CHECKING:
-    from pmetal_distill.offline.calibrate import Sample
+    from pmetal_distill.offline.sample import Sample
 
 SAMPLE_BYTES = 2 << 30
 
@@ -93,7 +93,7 @@ def sample_rows(source: Source, survey: Survey, count: int) -> SampledLogits:
 
 def _split(rows: SampledLogits) -> tuple["Sample", "Sample"]:
     """Rows to fit on and, of other sequences where there are several, rows to measure on."""
-    from pmetal_distill.offline.calibrate import Sample
+    from pmetal_distill.offline.sample import Sample
 
     apart = held_apart(rows.sequences)
 

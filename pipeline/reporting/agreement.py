@@ -113,7 +113,7 @@ class _Targets:
 
     @staticmethod
     def of(cache: "LogitCache", vocab_size: int) -> "_Targets":
-        from pmetal_distill.target import TailBasis
+        from pmetal_distill.tail_basis import TailBasis
 
         bases = [TailBasis.from_sketch(basis) for basis in cache.bases]
         return _Targets(cache, vocab_size, tuple(basis.restricted(vocab_size) for basis in bases))

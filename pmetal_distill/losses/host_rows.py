@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmetal_distill.losses.divergences import Divergence, Events
-from pmetal_distill.target import NEGATIVE
+from pmetal_distill.reductions import NEGATIVE
 
 Array = npt.NDArray[np.float32]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from pmetal_distill.losses.divergences import Divergence, Events
-from pmetal_distill.reductions import row_logsumexp, row_sum
-from pmetal_distill.target import NEGATIVE, SoftTarget
+from pmetal_distill.reductions import NEGATIVE, row_logsumexp, row_sum
+from pmetal_distill.target import SoftTarget
 
 
 class SparseStatistics(NamedTuple):

@@ -5,7 +5,7 @@ from the hidden states (16k tokens of a 135M model on two cores: half a minute).
 there; the products of the fit stay in NumPy's float64.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pmetal_distill.device import on_gpu
-from pmetal_distill.host_inputs import to_device
 from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, capturing
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
+from pmetal_distill.offline.sample import Sample
 from pmetal_distill.offline.sketch import (
     FittedSketch,
     Moments,
@@ -26,7 +26,7 @@ from pmetal_distill.offline.sketch import (
     meant_tokens,
 )
 from pmetal_distill.steps import Steps, finish
-from pmetal_distill.target import TailBasis
+from pmetal_distill.tail_basis import TailBasis
 from schemas.arrays import Float32, Int32, TargetArrays, TokenRows
 from schemas.basis import NO_CEILING, SketchBasis, plan_groups
 from schemas.codebook import Codebook
@@ -65,54 +65,6 @@ class LinearWeights(Protocol):
     def softcap(self) -> float | None:
         """None for none; with one the head is not linear."""
         ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """Sampled tokens whose logits can be had again and again.
-
-    Attributes:
-        states: [n, d], final hidden states of trained positions, spread over the data set.
-        logits_of: hidden states [m, d] -> logits [m, V]. Where a model cannot be split, `states` are the
-            logits themselves and this returns its argument.
-        chunk: rows of logits at once.
-        token_ids: int32 [n], input ids at the same positions; without them nothing is predicted from ids.
-    """
-
-    states: npt.NDArray[np.float32]
-    logits_of: Callable[[mx.array], mx.array]
-    chunk: int = 256
-    token_ids: Int32 | None = None
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def chunks(self) -> Iterator[tuple[Float32, mx.array]]:
-        """(hidden states, logits) of successive rows."""
-        for start in range(0, len(self.states), self.chunk):
-            states = self.states[start : start + self.chunk]
-            yield states, self.logits_of(to_device(states))
-
-    def ids_from(self, start: int, count: int) -> Int32 | None:
-        """Input ids of so many rows."""
-        return None if self.token_ids is None else self.token_ids[start : start + count]
-
-    def logits(self) -> Iterator[Float32]:
-        """The logits alone."""
-        return (as_numpy(logits) for _, logits in self.chunks())
-
-    def thinned(self, rows: int) -> "Sample":
-        """At most `rows` of the rows, evenly spread."""
-        if len(self) <= rows:
-            return self
-        kept = np.linspace(0, len(self) - 1, rows).astype(int)
-        token_ids = None if self.token_ids is None else self.token_ids[kept]
-        return replace(self, states=self.states[kept], token_ids=token_ids)
-
-    def captured(self, spec: TargetSpec, made: CoordinateMap | None) -> TargetArrays:
-        """Exact targets of all rows."""
-        parts = [capture(z, spec, hidden=h, sketch=made) for h, z in self.chunks()]
-        return TargetArrays.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.host_results import HostCopy
 from pmetal_distill.offline.fidelity import DIRECTIONS, TEMPERATURES, TargetError, directions
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from schemas.arrays import Float32, TargetArrays
 from schemas.errors import NonFiniteError
 from schemas.spec import TargetSpec

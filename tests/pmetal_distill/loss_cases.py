@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
-from pmetal_distill.target import TailBasis, TargetKind, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TargetKind, TeacherTarget
 from schemas.curve import TailCurve
 from tests import reference
 

@@ -9,7 +9,7 @@ from pmetal_distill.offline.capture import CoordinateMap, capture
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import ErrorMeter
 from pmetal_distill.offline.sketch import Moments, fit_basis_linear, meant_tokens
-from pmetal_distill.target import TailBasis
+from pmetal_distill.tail_basis import TailBasis
 from schemas.basis import NO_CEILING
 from schemas.codec import Codec
 from schemas.errors import NonFiniteError

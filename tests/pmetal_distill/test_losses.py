@@ -14,7 +14,8 @@ from jaxtyping import TypeCheckError, jaxtyped
 from pmetal_distill.losses import functional
 from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
-from pmetal_distill.target import TailBasis, TargetKind, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TargetKind, TeacherTarget
 from schemas.errors import IncompatibleError, UsageError
 from tests import reference
 from tests.pmetal_distill.loss_cases import (

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pmetal_distill.offline.calibrate import MARGINS, DriftMonitor, Sample, calibrate, measure
+from pmetal_distill.offline.calibrate import MARGINS, DriftMonitor, calibrate, measure
 from pmetal_distill.offline.capture import capture
 from pmetal_distill.offline.fidelity import target_error
 from pmetal_distill.offline.rebuild import reconstruct_logprobs
+from pmetal_distill.offline.sample import Sample
 from pmetal_distill.offline.sketch import Moments, fit_basis_linear, fit_basis_logits, meant_tokens, metric
 from schemas.arrays import TargetArrays
 from schemas.basis import NO_CEILING

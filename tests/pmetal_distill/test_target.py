@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pmetal_distill.losses.chunked_head import HeadOptions, head_loss
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.head import HeadParts
-from pmetal_distill.target import NEGATIVE, TailBasis, TargetKind, TeacherTarget
+from pmetal_distill.reductions import NEGATIVE
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TargetKind, TeacherTarget
 from schemas.arrays import TargetArrays
 from schemas.basis import NO_CEILING, CoordinateGroup, SketchBasis
 from schemas.errors import IncompatibleError, UsageError

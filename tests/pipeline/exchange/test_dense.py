@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from pmetal_distill.offline.reader import LogitCache
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from tests.pipeline.conftest import Cli, Outcome
 from tests.pipeline.exchange.conftest import Truth, assert_same_targets
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from pipeline.console import Console
 from pipeline.exchange.exporting import stored_in_order, write_files
 from pmetal_distill.offline.reader import LogitCache
-from pmetal_distill.target import TailBasis, TeacherTarget
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from tests.pipeline.conftest import Cli
 from tests.pipeline.exchange.conftest import TEXTS, Truth, own_cache
 
