@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.tiny import build_tiny_model
+
+Parts = tuple[dict[str, Any], dict[str, tuple[str | int, np.ndarray]]]
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
 ALIGNMENT = 32
 
@@ -105,9 +108,12 @@ def write_gguf(
     return path
 
 
-def gguf_parts(
-    folder: Path, *, kind: str = "F32", pre: str = "gpt-2"
-) -> tuple[dict[str, Any], dict[str, tuple[str | int, np.ndarray]]]:
+def build_origin(path: Path) -> Path:
+    """An mlx-lm folder whose matrices have whole blocks of 32 (width 64); padded embedding; untied head."""
+    return build_tiny_model(path, hidden_size=64, num_layers=2, vocab_size=328, tokenizer_size=320, tie=False)
+
+
+def gguf_parts(folder: Path, *, kind: str = "F32", pre: str = "gpt-2") -> Parts:
     """Metadata and tensors of the GGUF file of an mlx-lm folder; matrices of type `kind`, norms F32."""
     config = json.loads((folder / "config.json").read_text())
     return _metadata(folder, config, pre), _tensors(folder, config, kind)

@@ -12,15 +12,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from pmetal_distill.gguf import convert_gguf
 from pmetal_distill.modelling.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer
-from tests.tiny import SENTENCES, build_tiny_model
-from tests.tiny_gguf import build_tiny_gguf
+from tests.tiny import SENTENCES
+from tests.tiny_gguf import build_origin, build_tiny_gguf
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Width 64, so that every matrix has whole blocks of 32; padded embedding; untied head."""
-    path = tmp_path_factory.mktemp("origin") / "model"
-    return build_tiny_model(path, hidden_size=64, num_layers=2, vocab_size=328, tokenizer_size=320, tie=False)
+    return build_origin(tmp_path_factory.mktemp("origin") / "model")
 
 
 class TestTokenizer:
