@@ -1,5 +1,7 @@
 """Small caches of random targets for the tests of this folder."""
 
+from itertools import islice
+
 import numpy as np
 
 from pmetal_distill.offline.reader import LogitCache
@@ -87,6 +89,10 @@ def sidecars(dataset, *, seed=0):
     }
 
 
+def open_writer(folder, dataset=None, **changes):
+    return CacheWriter.create_or_resume(folder, dataset or make_dataset(**changes), TOKENIZER)
+
+
 def write_shard(writer, index, *, seed=0):
     dataset = writer.dataset
     sequences = (make_sequence(dataset, n) for n in dataset.shard_range(index))
@@ -112,3 +118,11 @@ def damage_shard(folder, number):
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
+
+
+def files_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def numbers_of(iterator, count=10**9):
+    return [b.numbers.tolist() for b in islice(iterator, count)]
