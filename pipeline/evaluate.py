@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from pmetal_distill.evaluation import Comparison
     from pmetal_distill.models import LoadedModel
+    from pmetal_distill.offline.batch import Batch
     from pmetal_distill.offline.reader import LogitCache
+    from pmetal_distill.teaching import CachedTeacher
 
 DEFAULT_TEMPERATURES = (1.0, 2.0)
 
@@ -106,7 +108,6 @@ def _add_batch(
     options: EvalOptions,
     kinds: DocumentKinds | None,
 ) -> None:
-
     from pmetal_distill.evaluation import compare_hidden, document_positions
     from pmetal_distill.host_inputs import to_device
 
@@ -164,14 +165,11 @@ def evaluate_cache(
         UsageError: a temperature that the targets do not reach.
     """
     from pipeline.training.student import check_student
-    from pmetal_distill.evaluation import Comparison, Question, TokenScores, document_positions, target_rows
-    from pmetal_distill.losses.divergences import Divergence
+    from pmetal_distill.evaluation import Comparison
     from pmetal_distill.teaching import CachedTeacher
 
     check_student(student, cache)
-    teacher = CachedTeacher(cache, student.vocab_size)
-    questions = [Question(Divergence("forward_kl"), t) for t in options.temperatures]
-    comparison = Comparison(tuple(options.temperatures))
+    teacher, comparison = CachedTeacher(cache, student.vocab_size), Comparison(tuple(options.temperatures))
     with (
         cache.batches(
             batch_size=options.batch_size, seed=0, epochs=1, shuffle=False, window=1, subset=numbers
@@ -179,11 +177,25 @@ def evaluate_cache(
         console.progress("evaluating", total=len(numbers), unit="sequences") as progress,
     ):
         for batch in batches:
-            mask = batch.loss_mask
-            rows = target_rows(student, teacher, batch, questions, chunk_tokens=options.head_chunk)
-            scores = TokenScores.of_rows(rows, batch.labels.reshape(-1), mask.reshape(-1))
-            comparison.add_scores(scores, positions=document_positions(batch.documents)[mask])
+            _add_cached_batch(comparison, teacher, student, batch, options)
             progress.advance(len(batch.numbers))
             if options.max_tokens is not None and comparison.tokens >= options.max_tokens:
                 break
     return comparison.report()
+
+
+def _add_cached_batch(
+    comparison: "Comparison",
+    teacher: "CachedTeacher",
+    student: "LoadedModel",
+    batch: "Batch",
+    options: EvalOptions,
+) -> None:
+    from pmetal_distill.evaluation import Question, TokenScores, document_positions, target_rows
+    from pmetal_distill.losses.divergences import Divergence
+
+    questions = [Question(Divergence("forward_kl"), t) for t in options.temperatures]
+    rows = target_rows(student, teacher, batch, questions, chunk_tokens=options.head_chunk)
+    mask = batch.loss_mask
+    scores = TokenScores.of_rows(rows, batch.labels.reshape(-1), mask.reshape(-1))
+    comparison.add_scores(scores, positions=document_positions(batch.documents)[mask])

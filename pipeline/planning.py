@@ -133,6 +133,16 @@ class Planner:
             num_tokens=int(lengths.sum()),
         )
 
+    def rows(self, tried: list[CacheSettings]) -> list[dict[str, Any]]:
+        """A row of each setting, and what a cache of the whole data set takes with it."""
+        rows = []
+        with self.console.progress("trying settings", total=len(tried), unit="settings") as progress:
+            for settings in tried:
+                row = self.row(settings)
+                rows.append(row | _totals(row, self.data))
+                progress.advance(1)
+        return rows
+
     def row(self, settings: CacheSettings) -> dict[str, Any]:
         """Bytes, speed and errors of one setting."""
         started = time.perf_counter()
@@ -233,12 +243,7 @@ def run_plan(
     planner = Planner(replace(largest, tail="sketch"), teacher, data, console, tuple(wanted))
     mx.reset_peak_memory()
     planner.prepare()
-    rows = []
-    with console.progress("trying settings", total=len(tried), unit="settings") as progress:
-        for settings in tried:
-            row = planner.row(settings)
-            rows.append(row | _totals(row, data))
-            progress.advance(1)
+    rows = planner.rows(tried)
     result: dict[str, Any] = {
         "tokens": data.num_tokens,
         "sequences": data.num_sequences,

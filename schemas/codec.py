@@ -133,13 +133,7 @@ def encode(
     """
     _check_input(targets, rows, codec)
     spec, mask = codec.spec, rows.loss_mask
-    ids = id_planes(spec.vocab_size)
-    columns = {f"tok{i}": p for i, p in enumerate(split_planes(rows.token_ids[:, None], ids))}
-    codes = (
-        codec.codebook.token_codes[targets.head_ids * mask[:, None]] if codec.codebook else targets.head_ids
-    )
-    columns |= {f"id{i}": p for i, p in enumerate(split_planes(masked_zero(codes, mask), ids))}
-
+    columns = _id_columns(targets, rows, codec)
     steps, clipped_logprobs = quantize_logprobs(_trained(targets.head_logprobs, mask), spec)
     if spec.tail == "none":
         top = np.rint(-targets.head_logprobs[:, :1] / TOP_STEP)
@@ -249,6 +243,15 @@ def _zero_rows(targets: TargetArrays, mask: Bool) -> TargetArrays:
     if not mask.all():
         ids, logprobs, curve = masked_zero(ids, mask), _trained(logprobs, mask), _trained(curve, mask)
     return TargetArrays(ids, logprobs, curve, targets.coordinates[:, :0])
+
+
+def _id_columns(targets: TargetArrays, rows: TokenRows, codec: Codec) -> dict[str, Planes]:
+    """Planes of the input ids as they are and of the head's ids, coded if there is a codebook."""
+    mask, codes, num_planes = rows.loss_mask, targets.head_ids, id_planes(codec.spec.vocab_size)
+    if codec.codebook:
+        codes = codec.codebook.token_codes[codes * mask[:, None]]
+    columns = {f"tok{i}": p for i, p in enumerate(split_planes(rows.token_ids[:, None], num_planes))}
+    return columns | {f"id{i}": p for i, p in enumerate(split_planes(masked_zero(codes, mask), num_planes))}
 
 
 def _pair(name: str, values: Int32) -> dict[str, Planes]:

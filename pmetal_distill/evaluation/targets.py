@@ -55,24 +55,25 @@ def target_rows(
     if student.head is None:
         raise ModelError(f"{student.source}: must have a linear head that can be split off, found none")
     target, _ = teacher.answer(batch, ())
-    states = student.hidden(to_device(batch.token_ids), documents=batch.documents)
-    distinct = list(dict.fromkeys(questions))
+    hidden = student.hidden(to_device(batch.token_ids), documents=batch.documents).final
+    head, options = HeadParts.of(student.head), HeadOptions(chunk_tokens=chunk_tokens)
+    labels, mask = to_device(batch.labels), to_device(batch.loss_mask)
     soft: dict[Question, mx.array] = {}
     rows: TokenRows | None = None
-    for divergence in dict.fromkeys(question.divergence for question in distinct):
-        asked = [question for question in distinct if question.divergence == divergence]
-        found = head_rows(
-            states.final,
-            HeadParts.of(student.head),
-            [target.at(question.temperature) for question in asked],
-            to_device(batch.labels),
-            to_device(batch.loss_mask),
-            divergence=divergence,
-            options=HeadOptions(chunk_tokens=chunk_tokens),
-        )
+    for divergence, asked in _by_divergence(questions).items():
+        targets = [target.at(question.temperature) for question in asked]
+        found = head_rows(hidden, head, targets, labels, mask, divergence=divergence, options=options)
         soft.update(zip(asked, found.soft, strict=True))
         rows = rows or found
     assert rows is not None
     rows = rows._replace(soft=mx.stack([soft[question] for question in questions]))
     mx.eval(rows)
     return rows
+
+
+def _by_divergence(questions: Sequence[Question]) -> dict[Divergence, list[Question]]:
+    """Distinct questions, those together that one pass over the logits answers."""
+    groups: dict[Divergence, list[Question]] = {}
+    for question in dict.fromkeys(questions):
+        groups.setdefault(question.divergence, []).append(question)
+    return groups

@@ -214,11 +214,7 @@ def fit_basis_logits(
     axes = np.random.default_rng(seed).standard_normal((vocab_size, width)).astype(np.float32)
     for _ in range(iterations):
         axes = _sharpened(rows(), axes)
-    gram = np.zeros((width, width))
-    for centred in rows():
-        inner = (centred @ axes).astype(np.float64)
-        gram += inner.T @ inner
-    variances, turn = np.linalg.eigh(gram / tokens)
+    variances, turn = np.linalg.eigh(_gram(rows(), axes) / tokens)
     axes = axes @ turn[:, ::-1][:, :rank].astype(np.float32)
     spread = np.sqrt(variances[::-1][:rank].clip(min=0.0))
     return FittedSketch(mean, axes / root[:, None], _map_of_logits(axes, root, share, mean), spread, tokens)
@@ -238,6 +234,15 @@ def _sharpened(rows: Iterable[Float32], axes: Float32) -> Float32:
     for centred in rows:
         found += centred.T @ (centred @ axes)
     return np.asarray(np.linalg.qr(found)[0], np.float32)
+
+
+def _gram(rows: Iterable[Float32], axes: Float32) -> Float64:
+    """Second moments [w, w] of the coordinates of rows along axes [V, w], summed."""
+    gram: Float64 = np.zeros((axes.shape[1], axes.shape[1]))
+    for centred in rows:
+        inner = (centred @ axes).astype(np.float64)
+        gram += np.asarray(inner.T @ inner, np.float64)
+    return gram
 
 
 def metric(meant: Float64) -> Float64:
