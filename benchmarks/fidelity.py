@@ -46,6 +46,7 @@ from schemas.tail import tail_logits
 
 WINDOW, LONGEST_DOCUMENT = 512, 2048
 SIZES = ((256, 80.0), (256, 60.0), (384, 45.0))
+WITHOUT_SKETCH = ((64, "none", "renormalised"), (64, "bucket", "+ bucket"), (16, "bucket", "+ bucket"))
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +94,12 @@ def run(documents: list[np.ndarray], teacher: LoadedModel, student: LoadedModel 
         return np.concatenate([as_numpy(model.hidden(mx.array(w[None])).final[0]) for w in windows])
 
     return Text(windows, states(teacher), states(student) if student else np.zeros(0, np.float32))
+
+
+def texts(name: str, sizes: Sequence[int], teacher: LoadedModel, student: LoadedModel) -> list[Text]:
+    """Texts of so many tokens, of different documents; both models run on the first of them only."""
+    documents = read(name, teacher, seed=1)
+    return [run(take(documents, size), teacher, student if i == 0 else None) for i, size in enumerate(sizes)]
 
 
 def sample(text: Text, teacher: LoadedModel, part: slice = slice(None)) -> Sample:
@@ -244,12 +251,8 @@ def measure(
     teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace
 ) -> Iterator[tuple[str, list[Row]]]:
     """All tables, one after another."""
-    n, vocab_size = args.tokens, teacher.vocab_size
-    documents = read("python-docs", teacher, seed=1)
-    docs_eval, docs_held, docs_fit = (
-        run(take(documents, size), teacher, student if i == 0 else None)
-        for i, size in enumerate((n, 1024, 2 * n))
-    )
+    n = args.tokens
+    docs_eval, docs_held, docs_fit = texts("python-docs", (n, 1024, 2 * n), teacher, student)
     fit_docs, held_docs = sample(docs_fit, teacher), sample(docs_held, teacher)
     sizes = SIZES[1:2] if args.quick else SIZES
     calibrations = [fit(fit_docs, held_docs, teacher, *size) for size in sizes]
@@ -258,23 +261,15 @@ def measure(
         for (rank, step), c in zip(sizes, calibrations, strict=True)
     ]
     plain = [
-        plain_row(f"top-{k} {label}", TargetSpec(vocab_size, k=k, tail=tail), docs_fit, teacher)
-        for k, tail, label in (
-            (64, "none", "renormalised"),
-            (64, "bucket", "+ bucket"),
-            (16, "bucket", "+ bucket"),
-        )
+        plain_row(f"top-{k} {label}", TargetSpec(teacher.vocab_size, k=k, tail=tail), docs_fit, teacher)
+        for k, tail, label in WITHOUT_SKETCH
     ]
     middle = sketches[len(sketches) // 2]
     parts = [without(middle, "ceiling"), without(middle, "predictor")]
     yield "Python documentation", evaluate([*plain, *sketches, *parts], docs_eval, teacher, student)
     if args.quick:
         return
-    documents = read("licences", teacher, seed=1)
-    other_eval, other_held, other_fit = (
-        run(take(documents, size), teacher, student if i == 0 else None)
-        for i, size in enumerate((n * 3 // 4, 1024, n))
-    )
+    other_eval, other_held, other_fit = texts("licences", (n * 3 // 4, 1024, n), teacher, student)
     fit_other, held_other = sample(other_fit, teacher), sample(other_held, teacher)
     half = sample(docs_fit, teacher, slice(0, n))
     mixed = [
