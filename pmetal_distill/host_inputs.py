@@ -31,12 +31,14 @@ RING_WORDS = 1 << 23
 MOST_WORDS = 1 << 21
 
 
-def to_device(numbers: npt.NDArray[Any]) -> mx.array:
+def to_device(numbers: npt.NDArray[Any] | Any) -> mx.array:
     """The array on the device; the argument may change afterwards. Only for MLX's thread.
 
     Args:
-        numbers: of any shape.
+        numbers: of any shape; what is no NumPy array goes to `mx.array` as it is.
     """
+    if not isinstance(numbers, np.ndarray):
+        return mx.array(numbers)
     memory = pinned_memory() if backend() == "cuda" and numbers.dtype in DTYPES and numbers.size else None
     ring = _ring(memory) if memory is not None else None
     if ring is None:

@@ -67,6 +67,7 @@ def test_what_is_larger_than_a_part_goes_in_parts(memory, monkeypatch):
 def test_without_memory_other_types_and_no_numbers_mlx_makes_the_array(memory):
     assert to_device(np.zeros((0, 3), np.float32)).shape == (0, 3)
     assert to_device(np.arange(5)).dtype == mx.int64
+    assert to_device([[1, 2]]).dtype == to_device(mx.array([[1, 2]])).dtype == mx.int32
     memory.driver.pieces = 0
     np.testing.assert_array_equal(np.array(to_device(np.arange(5, dtype=np.int32))), np.arange(5))
     assert "from_host" not in engaged()
