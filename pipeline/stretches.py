@@ -38,9 +38,7 @@ class Stretches:
             self._calibrator.forget_before(stretch)
             wanted = (stretch, self._after.get(stretch))
             self._underway = {s: work for s, work in self._underway.items() if s in wanted}
-        if stretch not in self._underway:
-            self._begin(stretch)
-        return self._underway[stretch].result()
+        return self._judging(stretch).result()
 
     def go_on(self, shard: int) -> None:
         """To be called between the batches of a shard: another step of judging the next stretch."""
@@ -48,11 +46,11 @@ class Stretches:
         coming = self._after.get(stretch)
         if coming is None or 2 * (shard - stretch.start + 1) < len(stretch):
             return
-        if coming not in self._underway:
-            self._begin(coming)
-        self._underway[coming].step()
+        self._judging(coming).step()
 
-    def _begin(self, stretch: range) -> None:
+    def _judging(self, stretch: range) -> "Underway[Coding]":
         from pmetal_distill.steps import Underway
 
-        self._underway[stretch] = Underway(self._calibrator.of_stretch(self._learned, stretch))
+        if stretch not in self._underway:
+            self._underway[stretch] = Underway(self._calibrator.of_stretch(self._learned, stretch))
+        return self._underway[stretch]

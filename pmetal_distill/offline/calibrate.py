@@ -5,8 +5,9 @@ from the hidden states (16k tokens of a 135M model on two cores: half a minute).
 there; the products of the fit stay in NumPy's float64.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmetal_distill.device import on_gpu
-from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capture, capturing
+from pmetal_distill.offline.capture import CoordinateMap, as_numpy, capturing
 from pmetal_distill.offline.device_fidelity import DeviceErrorMeter, meant_on_device
 from pmetal_distill.offline.fidelity import TEMPERATURES, ErrorMeter, TargetError
 from pmetal_distill.offline.sample import Sample
@@ -199,12 +200,9 @@ def measuring(
 ) -> Steps[dict[float, TargetError]]:
     """`measure` in steps."""
     meter = _meter(codec.spec, codec.basis, temperatures, tail=tail)
-    start = 0
-    for hidden, logits in sample.chunks():
-        later = capturing(logits, codec.spec, hidden=hidden, sketch=made)
+    for rows, logits, stored in _stored_chunks(sample, codec, made):
         yield
-        meter.add(logits, as_stored(later(), codec, sample.ids_from(start, len(hidden))), hidden)
-        start += len(hidden)
+        meter.add(logits, stored(), rows)
     result = meter.later()
     yield
     return result()
@@ -221,13 +219,18 @@ def as_stored(targets: TargetArrays, codec: Codec, token_ids: Int32 | None = Non
 
 def _stored_chunks(
     sample: Sample, codec: Codec, made: CoordinateMap | None
-) -> Iterator[tuple[Float32, mx.array, TargetArrays]]:
-    """(hidden states, logits, targets as a reader gets them) of successive rows."""
+) -> Iterator[tuple[Float32, mx.array, Callable[[], TargetArrays]]]:
+    """(hidden states, logits, what waits for the targets as a reader gets them) of successive rows."""
     start = 0
     for hidden, logits in sample.chunks():
-        targets = capture(logits, codec.spec, hidden=hidden, sketch=made)
-        yield hidden, logits, as_stored(targets, codec, sample.ids_from(start, len(hidden)))
+        captured = capturing(logits, codec.spec, hidden=hidden, sketch=made)
+        ids = sample.ids_from(start, len(hidden))
+        yield hidden, logits, partial(_as_stored_later, captured, codec, ids)
         start += len(hidden)
+
+
+def _as_stored_later(captured: Callable[[], TargetArrays], codec: Codec, ids: Int32 | None) -> TargetArrays:
+    return as_stored(captured(), codec, ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -338,7 +341,7 @@ def with_best_margin(
     assert codec.basis is not None
     bases = [codec.basis.with_margin(margin) for margin in MARGINS]
     tails = TailBasis.with_margins(codec.basis, MARGINS) if on_gpu() else [None] * len(bases)
-    chunks = list(_stored_chunks(sample, codec, made))
+    chunks = [(rows, logits, stored()) for rows, logits, stored in _stored_chunks(sample, codec, made)]
     scores = []
     for basis, tail in zip(bases, tails, strict=True):
         meter = _meter(codec.spec, basis, _MARGIN_TEMPERATURES, tail=tail)

@@ -9,17 +9,13 @@ import pytest
 
 from pmetal_distill import host_inputs
 from pmetal_distill.host_inputs import to_device
-from pmetal_distill.kernels import dispatch, engaged
-from pmetal_distill.pinned import PinnedMemory
-from tests.kernels.test_to_host import HOST, Driver
+from pmetal_distill.kernels import engaged
+from tests.kernels.test_to_host import page_locked
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    memory = PinnedMemory(Driver(), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu))
-    monkeypatch.setattr(host_inputs, "pinned_memory", lambda: memory)
-    monkeypatch.setattr(host_inputs, "backend", lambda: "cuda")
-    with dispatch.using(HOST):
+    with page_locked(monkeypatch, host_inputs) as memory:
         yield memory
 
 

@@ -1,6 +1,7 @@
 """The kernel that writes to memory of the host, under the emulation, and the copies made with it."""
 
 import ctypes
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -32,12 +33,19 @@ class Driver:
         return 0
 
 
+@contextmanager
+def page_locked(monkeypatch, module):
+    """Lets `module` find such memory, and kernels run under the emulation."""
+    memory = PinnedMemory(Driver(), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu))
+    monkeypatch.setattr(module, "pinned_memory", lambda: memory)
+    monkeypatch.setattr(module, "backend", lambda: "cuda")
+    with dispatch.using(HOST):
+        yield memory
+
+
 @pytest.fixture
 def memory(monkeypatch):
-    memory = PinnedMemory(Driver(), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu))
-    monkeypatch.setattr(host_results, "pinned_memory", lambda: memory)
-    monkeypatch.setattr(host_results, "backend", lambda: "cuda")
-    with dispatch.using(HOST):
+    with page_locked(monkeypatch, host_results) as memory:
         yield memory
 
 

@@ -7,22 +7,12 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from caches import damage_shard, hidden_spec, make_dataset, numbers_of, write_cache
+from caches import damage_shard, make_dataset, numbers_of, write_cache
 
 from pmetal_distill.offline.batch import next_token_labels
 from pmetal_distill.offline.order import splitmix64
 from pmetal_distill.offline.reader import LogitCache
 from schemas.errors import CorruptionError, IncompatibleError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_cache(tmp_path_factory.mktemp("cache") / "c", make_dataset(hidden=hidden_spec()))
-
-
-@pytest.fixture
-def cache(folder):
-    return LogitCache(folder)
 
 
 def test_batches_are_padded_sequences(cache):

@@ -10,7 +10,6 @@ from caches import (
     MAX_LENGTH,
     SPEC,
     TOKENIZER,
-    hidden_spec,
     lengths_of,
     make_dataset,
     make_sequence,
@@ -26,16 +25,6 @@ from schemas.arrays import TokenRows
 from schemas.codec import Codec, decode, encode
 from schemas.errors import CorruptionError, IncompatibleError, UsageError
 from schemas.grid import truncate_head
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_cache(tmp_path_factory.mktemp("cache") / "c", make_dataset(hidden=hidden_spec()))
-
-
-@pytest.fixture
-def cache(folder):
-    return LogitCache(folder)
 
 
 def expected_targets(dataset, number):
