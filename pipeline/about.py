@@ -17,6 +17,7 @@ def report() -> str:
     import pmetal_distill
     from pmetal_distill import _blas
     from pmetal_distill.kernels import backend
+    from pmetal_distill.precision import policy_text
 
     blas = "not needed" if not _blas.needs_preload() else pmetal_distill.BLAS or "none: " + _blas.HINT
     facts = {
@@ -25,6 +26,7 @@ def report() -> str:
         "device": _device(),
         "kernels": backend(),
         "BLAS": blas,
+        "precision": policy_text(),
     }
     return "\n".join(
         [version_line(), aligned([*facts.items(), *((name, installed_version(name)) for name in LIBRARIES)])]

@@ -116,7 +116,7 @@ def _load_teacher(settings: CacheSettings, console: Console) -> "LoadedModel":
 
     if hint := missing_blas():
         console.note(hint)
-    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    teacher = load_model(settings.teacher, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     for note in teacher.notes:
         console.note(f"teacher: {note}")
     return teacher
@@ -216,6 +216,7 @@ def describe(
         meta={
             "teacher": settings.teacher,
             "teacher_layers": str(teacher.num_layers),
+            "teacher_dtype": teacher.dtype,
             "data": settings.data,
         },
     )

@@ -19,12 +19,15 @@ from schemas.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
     from pmetal_distill.offline.reader import LogitCache
+    from pmetal_distill.precision import TeacherType
 
 Sequences = Literal["held-out", "all"]
 
 
-def load_subject(place: str, *, trust_remote_code: bool = False) -> "LoadedModel":
-    """The model of a run folder, with its adapters if it is one of LoRA, or any model.
+def load_subject(
+    place: str, *, dtype: "TeacherType" = "auto", trust_remote_code: bool = False
+) -> "LoadedModel":
+    """The model of a run folder, with its adapters if it is one of LoRA, or any model; in a type by name.
 
     Raises:
         ModelError: a run that has written no model yet, or a model that cannot be loaded.
@@ -34,8 +37,8 @@ def load_subject(place: str, *, trust_remote_code: bool = False) -> "LoadedModel
 
     folder = _model_folder(place)
     if folder is None:
-        return load_adapted(place, trust_remote_code=trust_remote_code)
-    return load_model(folder, trust_remote_code=trust_remote_code)
+        return load_adapted(place, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

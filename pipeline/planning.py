@@ -234,7 +234,7 @@ def run_plan(
 
     tried = list(grid.settings(base))
     largest = max((s for s in tried), key=lambda s: s.sketch_rank if s.tail == "sketch" else 0)
-    teacher = load_model(base.teacher, trust_remote_code=base.trust_remote_code)
+    teacher = load_model(base.teacher, dtype=base.dtype, trust_remote_code=base.trust_remote_code)
     for settings in tried:
         target_spec(settings, teacher.vocab_size)
         check_rank(settings, teacher)

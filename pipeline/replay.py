@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,9 @@ def add_replay(report: dict[str, Any], folder: Path, settings: ReplaySettings, c
     if any(finding["kind"] == "damage" for finding in report["findings"]):
         return
     cache = LogitCache(folder, verify_hashes="never", allow_partial=True)
-    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    # In the type the cache was made in: another one differs by more than the grid's step.
+    dtype = cast(Any, cache.dataset.meta.get("teacher_dtype", "auto"))
+    teacher = load_model(settings.teacher, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     findings = list(compare_fingerprints(cache, teacher, settings))
     replay = Replay(cache, teacher)
     if teacher.vocab_size == cache.dataset.target.vocab_size:

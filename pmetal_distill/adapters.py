@@ -24,6 +24,7 @@ from pmetal_distill.modelling.tuning import (
     merged_layers,
 )
 from pmetal_distill.models import LoadedModel, load_model
+from pmetal_distill.precision import TeacherType
 from schemas.errors import ModelError, UsageError
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -178,8 +179,15 @@ def save_adapters(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> 
     draft.replace(folder / ADAPTER_CONFIG)
 
 
-def load_adapted(folder: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_adapted(
+    folder: str | Path, *, dtype: TeacherType = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
     """The model that `adapter_config.json` names, with the adapters of the folder.
+
+    Args:
+        folder: with `adapter_config.json` and `adapters.safetensors`.
+        dtype: of the model, as for `load_model`.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
         ModelError: the model cannot be loaded, or the adapters do not fit it.
@@ -189,7 +197,7 @@ def load_adapted(folder: str | Path, *, trust_remote_code: bool = False) -> Load
         model = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: must name a model ({error}); train again") from error
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         load_adapter_folder(loaded.model, folder)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.hidden import HiddenStateLoss
 from pmetal_distill.losses.taid import TaidSchedule
+from pmetal_distill.precision import PRECISIONS, StudentPrecision
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
 from pmetal_distill.yaml_files import read_yaml, write_yaml
 from schemas.errors import UsageError
@@ -39,6 +40,8 @@ class DistillConfig:
         accumulation_steps: batches in an update.
         max_grad_norm: gradients are scaled down to this norm; None for no limit.
         chunk_tokens: tokens whose logits exist at once; by vocabulary and device if None.
+        precision: mixed, bfloat16 or float32, see `precision`; None for mixed where the student's weights are
+            stored in half precision, else float32.
         compiled: whether steps go through `mx.compile`; on GPUs only if None.
 
     Raises:
@@ -58,6 +61,7 @@ class DistillConfig:
     accumulation_steps: int = 1
     max_grad_norm: float | None = None
     chunk_tokens: int | None = None
+    precision: StudentPrecision | None = None
     compiled: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -135,6 +139,8 @@ class DistillConfig:
             _fail("student_layers", f"{len(self.hidden_layers)} long, as hidden_layers", self.student_layers)
 
     def _check_steps(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            _fail("precision", ", ".join(PRECISIONS), self.precision)
         for name in ("accumulation_steps", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -5,11 +5,13 @@
     for batch in dataloader:
         loss = distiller.step(batch)
 
-On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through `mx.compile`, which
-compiles anew for every new shape of a batch. So does the optimizer's update, as in mlx-lm.
+The student's weights are kept and updated in the types that `precision` chooses: float32 masters beside half
+precision. On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through
+`mx.compile`, which compiles again for every new shape of a batch. So does the optimizer's update, as in mlx-lm.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -32,6 +34,7 @@ from pmetal_distill.modelling.documents import holds_one_document
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.parallel import World
+from pmetal_distill.precision import prepare_weights
 from pmetal_distill.schedule import TemperatureSchedule
 from pmetal_distill.target import SoftTarget, TeacherTarget
 from pmetal_distill.teaching import CachedTeacher, LiveTeacher, Teacher, TextBatch, TrainingBatch
@@ -55,9 +58,11 @@ class Distiller:
     Attributes:
         trained: the module that learns: `student`, and `aligner` with projections if there are any.
         updates: optimizer updates so far.
+        precision: the types of the student's weights, which this brings about.
 
     Raises:
-        UsageError: a divergence without meaning for the teacher's targets, or layers that do not exist.
+        UsageError: a divergence without meaning for the teacher's targets, layers that do not exist, or no
+            such precision.
         ModelError: a student whose head cannot be split off.
     """
 
@@ -79,6 +84,7 @@ class Distiller:
         self.config.divergence.check(self.teacher.kind)
         _check_temperature(self.config.temperature, self.teacher)
         self.optimizer = optimizer or optim.AdamW(learning_rate=1e-5)
+        self.precision = prepare_weights(student.model, self.config.precision, student.stored)
         self.trained = nn.Module()
         self.trained.student = student.model
         aligner = _aligner(self.config, self.teacher, student)
@@ -134,7 +140,7 @@ class Distiller:
         self.trained.eval()
         text = _as_batch(batch)
         target, _ = self.teacher.answer(text, ())
-        states = self.student.hidden(to_device(text.token_ids), documents=text.documents)
+        states = self._computing().hidden(to_device(text.token_ids), documents=text.documents)
         return head_rows(
             states.final,
             self._head(),
@@ -165,6 +171,7 @@ class Distiller:
                 "updates": self.updates,
                 "batches": self._batches,
                 "taid": None if taid is None else [taid.t, taid.momentum, taid.previous_loss],
+                "precision": self.precision.describe(),
                 "random": _random_state(),
             },
         )
@@ -176,6 +183,7 @@ class Distiller:
         Raises:
             CheckpointError: of a training of other parameters; nothing is changed then.
         """
+        self._require_precision(state)
         weights, pending = self._like_trained(state, "trained"), None
         if state.part("pending"):
             pending = self._like_trained(state, "pending")
@@ -186,6 +194,15 @@ class Distiller:
         self._taid = None if state.record["taid"] is None else TaidState(*state.record["taid"])
         high, low = state.record["random"]
         mx.random.seed(high << 32 | low)
+
+    def _require_precision(self, state: TrainingState) -> None:
+        """States of before there was a choice do not name one; the types of their arrays must fit."""
+        saved = state.record.get("precision")
+        if saved is not None and saved["precision"] != self.precision.name:
+            raise CheckpointError(
+                f"precision: must be '{saved['precision']}', as when this training began, found "
+                f"'{self.precision.name}'; give that one, or begin a new run"
+            )
 
     def _like_trained(self, state: TrainingState, part: str) -> Any:
         """A part of the state as the tree of the trained parameters."""
@@ -252,7 +269,7 @@ class Distiller:
     def _loss(self, template: SoftTarget) -> Callable[[Arrays], LossParts]:
         def loss(inputs: Arrays) -> LossParts:
             wanted = [pair[1] for pair in self._pairs]
-            states = self.student.hidden(
+            states = self._computing().hidden(
                 inputs["token_ids"], documents=inputs.get("documents"), layers=wanted
             )
             parts = head_loss(
@@ -274,6 +291,11 @@ class Distiller:
             return parts.with_hidden(hidden, self.config.hidden_weight)
 
         return loss
+
+    def _computing(self) -> LoadedModel:
+        """The student as it is multiplied, see `Precision.computing`."""
+        model = self.precision.computing(self.student.model)
+        return self.student if model is self.student.model else replace(self.student, model=model)
 
     def _head(self) -> HeadParts:
         assert self.student.head is not None

@@ -23,7 +23,7 @@ from schemas.errors import ModelError, UsageError
 ARCHITECTURE = "llama"
 RECORD = "conversion.json"
 _CONVERTER = 1
-_DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2")}
+_DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
 _READ_BYTES = 1 << 22
 
 # GGUF name -> mlx-lm name, inside a block.
@@ -67,7 +67,7 @@ def convert_gguf(path: str | Path, out_folder: str | Path, *, dtype: str = "floa
     Args:
         path: a .gguf file: architecture llama, tensors F32, F16, Q8_0, Q4_0 or Q4_1, byte-level BPE.
         out_folder: appears whole or not at all; must be missing, empty, or a conversion of the same bytes.
-        dtype: of the weights written, float32 (exact) or float16.
+        dtype: of the weights written, float32 (exact), bfloat16 or float16.
 
     Returns:
         `out_folder`.
@@ -139,7 +139,18 @@ def _write_safetensors(path: Path, gguf: GGUFFile, plan: _Plan, dtype: str) -> N
         file.write(len(text).to_bytes(8, "little") + text)
         for source, _, heads in plan.tensors.values():
             values = gguf.read(source)
-            file.write(np.ascontiguousarray(_unpermute(values, heads), numpy_code).data)
+            rows = _unpermute(values, heads)
+            rows = _bfloat16_bits(rows) if dtype == "bfloat16" else rows
+            file.write(np.ascontiguousarray(rows, numpy_code).data)
+
+
+def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of the nearest bfloat16 (ties to even), uint16, which NumPy has no type for."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # bfloat16 is the upper half. Adding 0x7fff, and one more where the last kept bit is set, rounds it.
+    return np.asarray(
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16), np.uint16
+    )
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

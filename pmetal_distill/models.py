@@ -32,6 +32,16 @@ from pmetal_distill.modelling.folders import new_folder
 from pmetal_distill.modelling.heads import LinearHead
 from pmetal_distill.modelling.loaded import Hidden, LoadedModel
 from pmetal_distill.modelling.sharding import shard_model
+from pmetal_distill.precision import (
+    TeacherType,
+    Types,
+    cast_model,
+    dtype_name,
+    float_types,
+    main_type,
+    stored_weights,
+    teacher_type,
+)
 from schemas.errors import ModelError
 
 __all__ = [
@@ -64,8 +74,17 @@ def wrap_model(
     *,
     source: str = "a model in memory",
     folder: Path | None = None,
+    stored: Types | None = None,
 ) -> LoadedModel:
     """Takes a model that is already in memory apart.
+
+    Args:
+        model: of mlx-lm.
+        tokenizer: mlx-lm's wrapper of it.
+        config: its configuration.
+        source: what messages call it.
+        folder: the mlx-lm folder it was loaded from.
+        stored: types of its parameters on disk; their own if None.
 
     Raises:
         ModelError: it cannot be called.
@@ -77,26 +96,34 @@ def wrap_model(
         anatomy = examine(model, caches, dict(config))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{source}: the model loads, but fails on 8 tokens ({error})") from error
-    return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy)
+    stored = float_types(model) if stored is None else stored
+    return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy, stored)
 
 
 def load_model(
-    path_or_repo: str | Path, *, trust_remote_code: bool = False, group: mx.distributed.Group | None = None
+    path_or_repo: str | Path,
+    *,
+    dtype: TeacherType = "auto",
+    trust_remote_code: bool = False,
+    group: mx.distributed.Group | None = None,
 ) -> LoadedModel:
     """Loads a model and takes it apart.
 
     Args:
         path_or_repo: an mlx-lm folder, a hub id "owner/name", or a llama-architecture .gguf file, which is
             converted once into `cache_home()`.
+        dtype: of the weights in memory: float32, bfloat16, float16, or "auto" for what `precision` says is
+            right on this device. `LoadedModel.stored` remembers the types on disk.
         trust_remote_code: whether Python code that comes with the model may run.
         group: processes that each load a share of it; all of them must make the same calls.
 
     Raises:
         ModelError: missing, not a model, of an unsupported kind, damaged, without a tokenizer, or not to be
             split over `group`.
+        UsageError: no such dtype.
     """
     source = str(path_or_repo)
-    folder = locate_model(path_or_repo)
+    folder = locate_model(path_or_repo, dtype=dtype)
     config = _read_config(folder)
     _require_tokenizer_files(folder)
     model, config = open_model(
@@ -107,21 +134,27 @@ def load_model(
     tokenizer = load_tokenizer(
         folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
     )
-    if on_cpu():
-        model.set_dtype(mx.float32)
+    stored = float_types(model)
+    wanted = teacher_type(dtype, main_type(stored))
+    if wanted != main_type(stored) or on_cpu():
+        cast_model(model, wanted, exact=wanted == mx.float32)
     mx.eval(model.parameters())
-    return wrap_model(model, tokenizer, config, source=source, folder=folder)
+    return wrap_model(model, tokenizer, config, source=source, folder=folder, stored=stored)
 
 
-def locate_model(path_or_repo: str | Path) -> Path:
+def locate_model(path_or_repo: str | Path, *, dtype: TeacherType = "auto") -> Path:
     """The local mlx-lm folder of a model: as given, downloaded, or converted from a .gguf file.
+
+    Args:
+        path_or_repo: as for `load_model`.
+        dtype: of the weights that a .gguf file is converted to.
 
     Raises:
         ModelError: there is none.
     """
     path = Path(path_or_repo).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _converted(path)
+        return _converted(path, dtype_name(teacher_type(dtype, mx.float32)))
     if path.is_dir():
         return path
     if path.exists():
@@ -133,8 +166,7 @@ def locate_model(path_or_repo: str | Path) -> Path:
     return _downloaded(str(path_or_repo))
 
 
-def _converted(path: Path) -> Path:
-    dtype = "float32" if on_cpu() else "float16"
+def _converted(path: Path, dtype: str) -> Path:
     name = f"{path.stem}-{dtype}-{file_sha256(path)[:16]}"
     return convert_gguf(path, cache_home() / "gguf" / name, dtype=dtype)
 
@@ -240,6 +272,8 @@ def save_model(
 ) -> Path:
     """Writes a folder that `mlx_lm.load` and `mlx_lm.generate` read. It appears whole or not at all.
 
+    A loaded model is written in the types it had on disk, whatever it was trained in.
+
     Args:
         model: a loaded model, or a plain one with `tokenizer` and `config`.
         folder: must be missing or empty.
@@ -260,6 +294,8 @@ def save_model(
     if tokenizer is None or config is None:
         raise TypeError("save_model: a plain model needs tokenizer and config")
     weights = dict(tree_flatten(module.parameters())) if weights is None else weights
+    if loaded is not None:
+        weights = stored_weights(weights, loaded.stored)
     with new_folder(Path(folder)) as draft:
         write_model_files(draft, weights, tokenizer, config)
         if loaded and loaded.folder and config.get("model_file"):

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.shared import FloatList, console_options
+from pipeline.commands.shared import FloatList, console_options, dtype_option
 from pipeline.console import Console
 from pipeline.options import PLACE
 from schemas.errors import UsageError
@@ -36,6 +36,7 @@ from schemas.errors import UsageError
 @click.option("--mask-prompt", is_flag=True, help="Leave prompts out.")
 @click.option("--tasks", help="Tasks of the lm-evaluation-harness to run too: a,b (pip install lm-eval).")
 @click.option("--limit", type=int, help="Examples a task.")
+@dtype_option("both models compute")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
 @console_options
 def command(student: str, console: Console, **options: Any) -> None:
@@ -98,12 +99,12 @@ def _against_teacher(student: str, console: Console, options: dict[str, Any]) ->
     from pmetal_distill.models import load_model
 
     trusting = options["trust_remote_code"]
-    teacher = load_model(options["teacher"], trust_remote_code=trusting)
+    teacher = load_model(options["teacher"], dtype=options["dtype"], trust_remote_code=trusting)
     data, names = options["data"], ("max_seq_len", "mask_prompt")
     split = options["split"] or ("test" if available_splits(data) else "train")
     dataset = packed_text(data, teacher, split=split, **{name: options[name] for name in names})
     kinds = document_kinds(dataset, feature=options["kind_feature"])
-    subject = load_subject(student, trust_remote_code=trusting)
+    subject = load_subject(student, dtype=options["dtype"], trust_remote_code=trusting)
     return evaluate(teacher, subject, dataset, options=_eval_options(options), console=console, kinds=kinds)
 
 
@@ -114,7 +115,7 @@ def _against_cache(student: str, console: Console, options: dict[str, Any]) -> d
 
     cache = LogitCache(options["cache"])
     numbers, which = cache_sequences(student, cache, options["sequences"], cache_place=options["cache"])
-    subject = load_subject(student, trust_remote_code=options["trust_remote_code"])
+    subject = load_subject(student, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
     found = evaluate_cache(cache, subject, numbers, options=_eval_options(options), console=console)
     return {"sequences": which, "targets": cache.spec.tail, **found}
 

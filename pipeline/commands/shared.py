@@ -24,6 +24,18 @@ def console_options(function: F) -> F:
     return json_option(quiet_option(with_console))  # type: ignore[return-value]
 
 
+def dtype_option(who: str) -> Callable[[F], F]:
+    """Adds --dtype, the type that models compute in."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help=f"Type that {who} in; auto: float32 on a CPU, else a model's own if that is half precision, "
+        "else bfloat16.",
+    )
+
+
 class FloatList(click.ParamType[Any]):
     """Comma-separated numbers, e.g. 1,2,4."""
 

@@ -29,6 +29,13 @@ class CacheSettings:
         metadata=described("Text: a file or folder of .jsonl, .jsonl.zst, .parquet or .txt.", place=True)
     )
     out: Path = field(metadata=described("Folder of the new cache."))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata=described(
+            "Type that the teacher computes in; auto: float32 on a CPU, else its own if that is half "
+            "precision, else bfloat16."
+        ),
+    )
     split: Literal["train", "valid", "test"] = field(
         default="train", metadata=described("Which part of a folder that has several.")
     )

@@ -172,6 +172,16 @@ class TrainSettings:
             "the CPU, 512 on a GPU."
         ),
     )
+    precision: Literal["mixed", "bfloat16", "float32"] | None = field(
+        default=None,
+        metadata=described(
+            "Types of the weights in training; if not given, mixed (float32 masters, multiplied in bfloat16 "
+            "on a GPU) for a student stored in half precision, else float32. It is saved in its own type."
+        ),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata=described("Type that a live teacher computes in.")
+    )
     grad_checkpoint: bool = field(
         default=False, metadata=described("Compute activations twice to keep fewer of them.")
     )

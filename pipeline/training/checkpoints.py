@@ -5,13 +5,14 @@ A checkpoint may fall between two batches of an accumulation: the gradients so f
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.console import Console
-from schemas.errors import CorruptionError, NonFiniteError, VersionError
+from schemas.errors import CheckpointError, CorruptionError, NonFiniteError, VersionError
 
 if TYPE_CHECKING:
     from pmetal_distill.checkpoint import StateFile, TrainingState
+    from pmetal_distill.precision import StudentPrecision
 
 VERSION = 1
 
@@ -27,6 +28,25 @@ class Checkpoint:
 
     iteration: int
     state: "TrainingState"
+
+    @property
+    def precision(self) -> "StudentPrecision | None":
+        """The precision that its run began with; None if it is of a version without a choice, in float32.
+
+        Raises:
+            CheckpointError: float16 weights, which no optimizer of ours goes on with.
+        """
+        import mlx.core as mx
+
+        if (record := self.state.record.get("precision")) is not None:
+            return cast("StudentPrecision", record["precision"])
+        types = {array.dtype for array in self.state.part("trained").values()}
+        if mx.float16 in types:
+            raise CheckpointError(
+                f"checkpoint of iteration {self.iteration}: trained weights must be float32 or bfloat16, "
+                "found float16, in which AdamW does not work; begin a new run"
+            )
+        return "bfloat16" if mx.bfloat16 in types else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,13 @@ from pipeline.settings import TrainSettings
 
 if TYPE_CHECKING:
     from pmetal_distill.config import DistillConfig
+    from pmetal_distill.precision import StudentPrecision
 
 
-def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "DistillConfig":
-    """The library's settings out of the command's."""
+def distill_config(
+    settings: TrainSettings, layers: tuple[int, ...], precision: "StudentPrecision | None" = None
+) -> "DistillConfig":
+    """The library's settings out of the command's; `precision` as the run began with."""
     from pmetal_distill.config import DistillConfig
     from pmetal_distill.losses.hidden import HiddenStateLoss
 
@@ -24,4 +27,5 @@ def distill_config(settings: TrainSettings, layers: tuple[int, ...]) -> "Distill
         accumulation_steps=settings.grad_accumulation_steps,
         max_grad_norm=settings.grad_clip,
         chunk_tokens=settings.head_chunk,
+        precision=precision,
     )

@@ -4,6 +4,7 @@ Where these come from may change: student and data are compared by hash. Costs a
 """
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import to_plain
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from pipeline.training.source import Source
     from pmetal_distill.models import LoadedModel
 
-# Settings that do not decide the weights: what is told, kept and written, and what is compared by hash.
+# Settings that do not decide the weights: what is told, kept and written; what is compared by hash; and the
+# precision, of which a checkpoint says what it was resolved to.
 FREE = {
     *("out", "cache", "teacher", "data", "student", "trust_remote_code", "prefetch", "memory_limit_gb"),
     *("steps_per_report", "steps_per_eval", "save_every", "keep_checkpoints", "report_to", "project_name"),
-    *("resume", "fuse"),
+    *("resume", "fuse", "precision"),
 }
 
 
@@ -38,10 +40,12 @@ def check_same_settings(saved: dict[str, Any], settings: TrainSettings) -> None:
         CheckpointError: names the key and both values.
     """
     given = deciding_settings(settings)
-    for name in sorted(saved.keys() | given.keys()):
-        if saved.get(name) != given.get(name):
+    # A run of an earlier version does not name settings that did not exist: it had their defaults.
+    began = {**{name: value for name, value in _defaults().items() if name in given}, **saved}
+    for name in sorted(began.keys() | given.keys()):
+        if began.get(name) != given.get(name):
             raise CheckpointError(
-                f"{name}: must be {saved.get(name)!r}, as when this run began, found {given.get(name)!r}; "
+                f"{name}: must be {began.get(name)!r}, as when this run began, found {given.get(name)!r}; "
                 "give the value of the run, or begin a new one with another --out"
             )
 
@@ -75,6 +79,12 @@ def check_same_content(saved: dict[str, dict[str, str]], given: dict[str, dict[s
                 f"{key}: must have the content with which this run began, {was}, found {now}; give that one, "
                 "or begin a new run with another --out"
             )
+
+
+def _defaults() -> dict[str, Any]:
+    """Plain values of the settings that have a default."""
+    plain = to_plain(TrainSettings(student="", out=Path(), cache=""))
+    return {f.name: plain[f.name] for f in fields(TrainSettings) if f.name not in ("student", "out", "cache")}
 
 
 def _depends_on_length(settings: TrainSettings) -> bool:

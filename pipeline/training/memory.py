@@ -1,6 +1,6 @@
 """How much memory a run will take, before it starts. Costs nothing: sizes are counted, nothing is made.
 
-    weights + optimizer + gradients (twice with accumulation) + activations + head + a live teacher
+    weights + their copies in the type they are multiplied in + optimizer + gradients (twice with accumulation) + activations + head + a live teacher
 
 Activations of a token in a block: `a` times the widths of inputs and outputs of its linear layers, and `b`
 times heads x sequence length for the attention. `benchmarks/memory.py` measured both, on Llama blocks, and
@@ -54,6 +54,7 @@ class Memory:
     """Bytes of the parts of a run."""
 
     weights: int
+    copies: int
     gradients: int
     optimizer: int
     activations: int
@@ -104,9 +105,10 @@ def estimate(settings: TrainSettings, source: "Source", distiller: "Distiller") 
     tokens = settings.batch_size * length
     return Memory(
         weights=_num_bytes(trained.parameters()),
+        copies=_copies(distiller),
         gradients=gradients * (1 if settings.grad_accumulation_steps == 1 else 2),
         optimizer=_num_bytes(optimizer.state),
-        activations=_activations(settings, student, tokens, length),
+        activations=_activations(settings, student, tokens, length, distiller.precision.compute.size),
         head=_head(settings, student, tokens),
         teacher=_teacher(settings, source, tokens, length),
     )
@@ -130,10 +132,11 @@ def sequence_length(settings: TrainSettings, source: "Source") -> int:
     return -(-longest // PADDING) * PADDING
 
 
-def _activations(settings: TrainSettings, student: "LoadedModel", tokens: int, length: int) -> int:
+def _activations(settings: TrainSettings, student: "LoadedModel", tokens: int, length: int, size: int) -> int:
+    """Of the student's blocks, `size` bytes a value."""
     everything = on_cpu() and not settings.grad_checkpoint
     factors = (_HOST if everything else _LAZY)[settings.fine_tune_type]
-    size, layers = _value_bytes(student), list(student.model.layers)
+    layers = list(student.model.layers)
     learns = [_num_bytes(block.trainable_parameters()) > 0 for block in layers]
     first = 0 if everything or True not in learns else learns.index(True)
     blocks = [_block_values(student, block, factors, length) * size for block in layers[first:]]
@@ -174,19 +177,26 @@ def _teacher(settings: TrainSettings, source: "Source", tokens: int, length: int
         width = teacher.dataset.hidden.hidden_size if source.hidden_layers else 0
         states = len(source.hidden_layers) * width
         return int(4 * (values + states * tokens))
-    block = _block_values(teacher, teacher.model.layers[0], _LAZY["full"], length) * _value_bytes(teacher)
+    block = _block_values(teacher, teacher.model.layers[0], _LAZY["full"], length) * _widest(teacher)
     return (
         _num_bytes(teacher.model.parameters()) + int(tokens * block) + _head(settings, teacher, tokens) // 2
     )
 
 
-def _value_bytes(model: "LoadedModel") -> int:
-    """Of a value that the model computes with: as wide as its widest weights."""
-    import mlx.core as mx
+def _copies(distiller: "Distiller") -> int:
+    """Trained weights in the type they are multiplied in, where it is not their own."""
     from mlx.utils import tree_flatten
 
-    arrays: Any = tree_flatten(model.model.parameters())
-    return max((array.itemsize for _, array in arrays if mx.issubdtype(array.dtype, mx.floating)), default=4)
+    precision = distiller.precision
+    arrays: Any = tree_flatten(distiller.student.model.parameters())
+    return sum(a.size * precision.compute.size for name, a in arrays if name in precision.copies)
+
+
+def _widest(model: "LoadedModel") -> int:
+    """Bytes of a value that a model computes with: as wide as its widest weights."""
+    from pmetal_distill.precision import float_types
+
+    return max((dtype.size for dtype in float_types(model.model).values()), default=4)
 
 
 def _num_bytes(tree: Any) -> int:

@@ -38,7 +38,7 @@ def write_outputs(
     Returns:
         what was written -> where: "model", "adapters", "card".
     """
-    from pmetal_distill.adapters import merged_weights, save_adapters
+    from pmetal_distill.adapters import save_adapters
 
     out, written = settings.out, {}
     facts: dict[str, str] = source.describe()
@@ -46,12 +46,22 @@ def write_outputs(
         save_adapters(student.model, out, adapter_config(settings))
         written["adapters"] = str(out)
     if settings.fine_tune_type == "full" or settings.fuse:
-        weights = None if settings.fine_tune_type == "full" else merged_weights(student.model)
+        weights = None if settings.fine_tune_type == "full" else _merged(settings, student, out)
         card = model_card(settings, facts, metrics, Use.MODEL_HERE)
         written["model"] = str(_write_model(student, out / MODEL, card, weights))
     use = Use.MODEL_INSIDE if "model" in written else Use.ADAPTERS_HERE
     (out / CARD).write_text(model_card(settings, facts, metrics, use), encoding="utf-8")
     return {**written, "card": str(out / CARD)}
+
+
+def _merged(settings: TrainSettings, student: "LoadedModel", folder: Path) -> Mapping[str, Any]:
+    """The model with the adapters of `folder` merged in; read again, as training may have rounded it."""
+    from pmetal_distill.adapters import load_adapted, merged_weights
+    from pmetal_distill.precision import dtype_name, main_type
+
+    dtype: Any = dtype_name(main_type(student.stored))
+    adapted = load_adapted(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    return merged_weights(adapted.model)
 
 
 def adapter_config(settings: TrainSettings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from schemas.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from pipeline.training.loop import Loop
     from pmetal_distill.parallel import World
+    from pmetal_distill.precision import StudentPrecision
 
 
 def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
         loop.run(metrics, console)
     if not world.leads:
         return {}
-    figures = {**loop.log.last, **loop.evaluation}
+    figures = {**loop.log.last, **loop.evaluation, **loop.distiller.precision.describe()}
     if loop.best is not None:
         figures["best_iteration"] = loop.best[0]
     return {**figures, **_written(settings, loop, figures)}
@@ -159,6 +160,21 @@ def _checkpoint(
     return checkpoint
 
 
+def _precision(settings: TrainSettings, checkpoint: Checkpoint | None) -> "StudentPrecision | None":
+    """The precision asked for; that of the checkpoint if none is.
+
+    Raises:
+        CheckpointError: another one than the run began with.
+    """
+    began = None if checkpoint is None else checkpoint.precision
+    if began is not None and settings.precision not in (None, began):
+        raise CheckpointError(
+            f"precision: must be '{began}', as when this run began, found '{settings.precision}'; give the "
+            "value of the run, or begin a new one with another --out"
+        )
+    return began or settings.precision
+
+
 def prepare_loop(
     settings: TrainSettings,
     checkpoints: Checkpoints,
@@ -182,6 +198,7 @@ def prepare_loop(
     from pipeline.training.student import prepare_student
     from pipeline.training.validation import Validator
     from pmetal_distill.distiller import Distiller
+    from pmetal_distill.precision import precision_text
 
     mx.random.seed(settings.seed)
     student = prepare_student(settings, console)
@@ -192,10 +209,11 @@ def prepare_loop(
     distiller = Distiller(
         source.teacher,
         student,
-        distill_config(settings, source.hidden_layers),
+        distill_config(settings, source.hidden_layers, _precision(settings, checkpoint)),
         optimizer=build_optimizer(settings),
         world=world,
     )
+    console.note(f"precision: {precision_text(distiller.precision)}")
     check_memory(settings, source, distiller, console)
     made_from = {"settings": deciding_settings(settings), "content": content}
     validator = Validator(settings, source, distiller)

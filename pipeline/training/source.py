@@ -132,7 +132,7 @@ def _beside_teacher(settings: TrainSettings, student: "LoadedModel", console: Co
             f"tail: a live teacher knows the whole distribution, found '{settings.tail}'; leave it out, or "
             "train from a cache"
         )
-    teacher = load_model(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    teacher = load_model(settings.teacher, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     for note in teacher.notes:
         console.note(f"teacher: {note}")
     check_same_tokenizer(teacher, student)

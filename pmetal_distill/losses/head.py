@@ -121,6 +121,13 @@ class HeadParts:
         weight = self.weight.rows(vocab_size) if packed else self.weight[:vocab_size]  # type: ignore[union-attr, index]
         return replace(self, weight=weight, bias=None if self.bias is None else self.bias[:vocab_size])
 
+    def in_type(self, dtype: mx.Dtype) -> "HeadParts":
+        """The head for products with hidden states of a type: a float32 master is cast to it, once."""
+        if isinstance(self.weight, PackedWeight) or self.weight.dtype == dtype:
+            return self
+        bias = None if self.bias is None else self.bias.astype(dtype)
+        return replace(self, weight=self.weight.astype(dtype), bias=bias)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [n, d] -> logits [n, V]."""
         if isinstance(self.weight, PackedWeight):

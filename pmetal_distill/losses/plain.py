@@ -31,6 +31,7 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
     if hidden.dtype in (mx.float16, mx.bfloat16):
         job = replace(job, target=with_half_tail(job.target))
     parameters = job.parts.parameters()
+    job = replace(job, parts=job.parts.in_type(hidden.dtype))
     sums: dict[str, mx.array] = {}
     soft: list[mx.array] = []
     hard: list[mx.array] = []
@@ -62,6 +63,7 @@ def evaluate(hidden: mx.array, jobs: Sequence[HeadJob]) -> TokenRows:
         hidden: [N, d], any float type.
         jobs: one for each temperature, otherwise alike.
     """
+    jobs = [replace(job, parts=job.parts.in_type(hidden.dtype)) for job in jobs]
     found: list[list[mx.array]] = []
     for index in token_slices(hidden.shape[0], jobs[0].chunk_tokens):
         after = found[-1] if found else []

@@ -13,6 +13,7 @@ from pmetal_distill.host_inputs import to_device
 from pmetal_distill.modelling.anatomy import Anatomy, run_body, run_head
 from pmetal_distill.modelling.documents import document_caches, holds_one_document
 from pmetal_distill.modelling.heads import LinearHead
+from pmetal_distill.precision import Types, dtype_name, float_types, main_type
 from schemas.errors import ModelError
 
 Documents = np.ndarray[Any, Any] | mx.array
@@ -44,6 +45,7 @@ class LoadedModel:
         source: what it was loaded from, as given.
         folder: the mlx-lm folder it was loaded from; None for a model made in memory.
         anatomy: where its parts are.
+        stored: the type of each floating-point parameter on disk, where it may be another in memory.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class LoadedModel:
     source: str
     folder: Path | None
     anatomy: Anatomy
+    stored: Types = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +85,11 @@ class LoadedModel:
     def supports_packing(self) -> bool:
         """Whether several documents can share a sequence without seeing each other."""
         return self.anatomy.packing != "none"
+
+    @property
+    def dtype(self) -> str:
+        """The type that it computes in, by name."""
+        return dtype_name(main_type(float_types(self.model)))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from pmetal_distill.modelling.anatomy import path_to_blocks
 from pmetal_distill.models import LoadedModel
+from pmetal_distill.precision import stored_weights
 from schemas.errors import ModelError
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -24,8 +25,9 @@ class PrunedModel:
 
     @staticmethod
     def whole(loaded: LoadedModel) -> "PrunedModel":
-        """All of a model."""
-        return PrunedModel(dict(tree_flatten(loaded.model.parameters())), copy.deepcopy(loaded.config))
+        """All of a model, in the types it has on disk."""
+        weights: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+        return PrunedModel(stored_weights(weights, loaded.stored), copy.deepcopy(loaded.config))
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
