@@ -7,7 +7,7 @@
 
 The student's weights are kept and updated in the types that `precision` chooses: float32 masters beside half
 precision. On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through
-`mx.compile`, which compiles again for every new shape of a batch. So does the optimizer's update, as in mlx-lm.
+`mx.compile`, which compiles again for every new shape of a batch. So does the optimizer's update.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """How much memory a run will take, before it starts. Costs nothing: sizes are counted, nothing is made.
 
-    weights + their copies in the type they are multiplied in + optimizer + gradients (twice with accumulation) + activations + head + a live teacher
+    weights + their copies in the type they are multiplied in + optimizer + gradients (twice with
+    accumulation) + activations + head + a live teacher
 
 Activations of a token in a block: `a` times the widths of inputs and outputs of its linear layers, and `b`
 times heads x sequence length for the attention. `benchmarks/memory.py` measured both, on Llama blocks, and

@@ -106,18 +106,18 @@ def test_a_thousand_small_updates_add_up(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_mixed_trains_half_precision_students_as_float32_does(
-    folders: dict[mx.Dtype, Path], on_gpu: None, dtype: mx.Dtype, compiled: bool
+    folders: dict[mx.Dtype, Path], tmp_path: Path, on_gpu: None, dtype: mx.Dtype, compiled: bool
 ) -> None:
     ends = {}
+    teacher = load_model(build_tiny_model(tmp_path / "teacher", hidden_size=48), dtype="float32")
     for name in ("mixed", "float32"):
         student = load_model(folders[dtype])
         config = DistillConfig(alpha=1.0, precision=name, compiled=compiled)  # type: ignore[arg-type]
-        teacher = load_model(folders[mx.float32], dtype="float32")
         optimizer = optim.AdamW(learning_rate=3e-3, bias_correction=True)
         distiller = Distiller(teacher, student, config, optimizer=optimizer)
         losses = [distiller.step(_batch(seed % 4)).soft.item() for seed in range(24)]
         assert np.isfinite(losses).all()
-        assert losses[-1] < 0.6 * losses[0]  # type: ignore[operator]
+        assert losses[-1] < 0.9 * losses[0]  # type: ignore[operator]
         assert {a.dtype for a in _parameters(student.model).values()} == {mx.float32}
         ends[name] = losses[-1]
     assert ends["mixed"] == pytest.approx(ends["float32"], rel=0.05)
