@@ -28,6 +28,9 @@ COMMANDS = {
 }
 
 
+RUNS_MODELS = ("plan", "cache", "train", "init-student", "eval", "demo")
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are asked for."""
 
@@ -64,8 +67,23 @@ def group(verbose: bool) -> None:
     """Distil a large language model into a small one: cache what it says once, train from the cache."""
 
 
+def prepare_process(words: Sequence[str]) -> None:
+    """What only a process of our own may do to itself, before it imports anything heavy.
+
+    transformers, which mlx_lm imports, would load PyTorch where it is installed: ten seconds for nothing. And
+    where kernels of MLX for a CUDA GPU have not been built yet, other processes begin with that now.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    if words and words[0] in RUNS_MODELS and not {"-h", "--help"} & set(words):
+        from pmetal_distill import kernel_warmup
+
+        kernel_warmup.begin(["bfloat16", "float32"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if arguments is None:
+        prepare_process(sys.argv[1:])
     try:
         group.main(args=arguments, prog_name="pmetal-pipeline", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -17,9 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from pmetal_distill import kernel_warmup
 from pmetal_distill.device import on_cpu
 from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sha256
 from pmetal_distill.home import cache_home
+from pmetal_distill.kernel_folder import kernel_folder
 from pmetal_distill.modelling.anatomy import CacheKind, examine
 from pmetal_distill.modelling.fingerprints import (
     chat_template_fingerprint,
@@ -63,6 +65,7 @@ __all__ = [
     "write_model_files",
 ]
 
+kernel_folder()  # before MLX builds its first kernel
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "*.tiktoken")
 
@@ -139,6 +142,8 @@ def load_model(
     if wanted != main_type(stored) or on_cpu():
         cast_model(model, wanted, exact=wanted == mx.float32)
     mx.eval(model.parameters())
+    kernel_warmup.begin([dtype_name(wanted)])
+    kernel_warmup.wait()
     return wrap_model(model, tokenizer, config, source=source, folder=folder, stored=stored)
 
 

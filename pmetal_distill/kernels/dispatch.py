@@ -16,9 +16,12 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 
 from pmetal_distill.device import on_cuda, on_gpu
+from pmetal_distill.kernel_folder import kernel_folder
 from pmetal_distill.kernels import sources
+from pmetal_distill.kernels.cuda import make_kernel
 from schemas.errors import UsageError
 
+kernel_folder()  # before MLX builds its first kernel
 Backend = Literal["metal", "cuda", "plain"]
 Kernel = Callable[..., list[mx.array]]
 Maker = Callable[..., Kernel]
@@ -43,7 +46,7 @@ class Platform:
 
 
 METAL = Platform("metal", cast(Maker, mx.fast.metal_kernel), "prelude_metal.h")
-CUDA = Platform("cuda", cast(Maker, mx.fast.cuda_kernel), "prelude_cuda.h")
+CUDA = Platform("cuda", cast(Maker, make_kernel), "prelude_cuda.h")
 _given: ContextVar[Platform | None] = ContextVar("platform", default=None)
 _engaged: Counter[str] = Counter()
 
