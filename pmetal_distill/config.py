@@ -42,7 +42,7 @@ class DistillConfig:
         chunk_tokens: tokens whose logits exist at once; by vocabulary and device if None.
         precision: mixed, bfloat16 or float32, see `precision`; None for mixed where the student's weights are
             stored in half precision, else float32.
-        compiled: whether steps go through `mx.compile`; on GPUs only if None.
+        compiled: whether steps go through `mx.compile`; on Apple's GPUs only if None (see `distiller`).
 
     Raises:
         UsageError: a value without meaning; says which and what must hold.

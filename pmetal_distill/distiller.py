@@ -6,8 +6,9 @@
         loss = distiller.step(batch)
 
 The student's weights are kept and updated in the types that `precision` chooses: float32 masters beside half
-precision. On the CPU steps run eagerly, with the head's loss on the host; on GPUs they go through
-`mx.compile`, which compiles again for every new shape of a batch. So does the optimizer's update.
+precision. On the CPU steps run eagerly, with the head's loss on the host. On Apple's GPUs they go through
+`mx.compile`, which compiles again for every new shape of a batch, and so does the optimizer's update. On CUDA
+they do where the config says so: building some forty kernels takes minutes there, once for each machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
-from pmetal_distill.device import on_cpu
+from pmetal_distill.device import on_cuda, on_gpu
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
@@ -59,6 +60,7 @@ class Distiller:
         trained: the module that learns: `student`, and `aligner` with projections if there are any.
         updates: optimizer updates so far.
         precision: the types of the student's weights, which this brings about.
+        compiles: whether steps go through `mx.compile`.
 
     Raises:
         UsageError: a divergence without meaning for the teacher's targets, layers that do not exist, or no
@@ -92,10 +94,11 @@ class Distiller:
             self.trained.aligner = aligner
         self._pairs = aligner.pairs if aligner is not None else ()
         self._options = HeadOptions(chunk_tokens=self.config.chunk_tokens)
-        self._compiles = not on_cpu() if self.config.compiled is None else self.config.compiled
+        self.compiles = False
         self._functions: dict[Any, Callable[..., tuple[LossParts, Gradients]]] = {}
-        update = _updating(self.optimizer, self.config)
-        self._update = mx.compile(update) if self._compiles else update
+        self._update = _updating(self.optimizer, self.config)
+        if self.config.compiled or (self.config.compiled is None and on_gpu() and not on_cuda()):
+            self.compile_steps()
         self._pending: Gradients = None
         self._batches = 0
         self._sent: tuple[TrainingBatch, tuple[TeacherTarget, Arrays]] | None = None
@@ -127,13 +130,18 @@ class Distiller:
         self._collect(gradients)
         del gradients  # so that each goes when it has been applied
         new = (parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
-        if upcoming is not None and self._compiles and isinstance(self.teacher, CachedTeacher):
+        if upcoming is not None and self.compiles and isinstance(self.teacher, CachedTeacher):
             mx.async_eval(new)
             self._sent = upcoming, self._send(upcoming)
         mx.eval(new)
         if self._taid is not None and self._pending is None:
             self._taid = self._next_share(parts)
         return parts
+
+    def compile_steps(self) -> None:
+        """Has `mx.compile` make the steps from now on; the next one waits for the kernels that it builds."""
+        if not self.compiles:
+            self.compiles, self._update = True, mx.compile(self._update)
 
     def rows(self, batch: TrainingBatch | Any, *, temperatures: Sequence[float] = (1.0,)) -> TokenRows:
         """Losses and agreement of each of the B L tokens of a batch, without training."""
@@ -198,9 +206,9 @@ class Distiller:
     def _require_precision(self, state: TrainingState) -> None:
         """States of before there was a choice do not name one; the types of their arrays must fit."""
         saved = state.record.get("precision")
-        if saved is not None and saved["precision"] != self.precision.name:
+        if saved is not None and saved["name"] != self.precision.name:
             raise CheckpointError(
-                f"precision: must be '{saved['precision']}', as when this training began, found "
+                f"precision: must be '{saved['name']}', as when this training began, found "
                 f"'{self.precision.name}'; give that one, or begin a new run"
             )
 
@@ -258,7 +266,7 @@ class Distiller:
     ) -> Callable[[Arrays], tuple[LossParts, Gradients]]:
         """Loss and gradients of inputs of this form; compiled where wanted, once a form."""
         run = nn.value_and_grad(self.trained, self._loss(template))
-        if not self._compiles:
+        if not self.compiles:
             return cast(Callable[[Arrays], tuple[LossParts, Gradients]], run)
         form = (template.kind, tuple(sorted(inputs)), tuple(sorted(inputs["target"])), template.bases)
         if form not in self._functions:

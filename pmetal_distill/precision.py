@@ -114,7 +114,7 @@ class Precision:
     def describe(self) -> dict[str, str]:
         """Names of the types, for records and people."""
         types = {"master": self.master, "compute": self.compute, "stored": self.stored}
-        return {"precision": self.name, **{key: dtype_name(value) for key, value in types.items()}}
+        return {"name": self.name, **{key: dtype_name(value) for key, value in types.items()}}
 
     def computing(self, model: nn.Module) -> nn.Module:
         """`model` as it is multiplied: a copy of its structure, trained weights cast to the compute type.

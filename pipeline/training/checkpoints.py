@@ -39,7 +39,7 @@ class Checkpoint:
         import mlx.core as mx
 
         if (record := self.state.record.get("precision")) is not None:
-            return cast("StudentPrecision", record["precision"])
+            return cast("StudentPrecision", record["name"])
         types = {array.dtype for array in self.state.part("trained").values()}
         if mx.float16 in types:
             raise CheckpointError(

@@ -7,6 +7,7 @@ stopped anywhere and goes on from its last checkpoint writes the same lines, but
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pipeline.training.log import RunLog
 from pipeline.training.reporting import Metrics
 
 if TYPE_CHECKING:
+    from pipeline.training.compiling import CompilingAhead
     from pipeline.training.source import Source
     from pipeline.training.validation import Validator
     from pmetal_distill.distiller import Distiller
@@ -65,8 +67,8 @@ class Loop:
         self.best = None if record["best"] is None else (record["best"][0], record["best"][1])
         self.evaluation, self.reader = dict(record["evaluation"]), record["reader"]
 
-    def run(self, metrics: Metrics, console: Console) -> None:
-        """Trains to the end.
+    def run(self, metrics: Metrics, console: Console, compiling: "CompilingAhead | None" = None) -> None:
+        """Trains to the end; goes over to compiled steps when their kernels have been built.
 
         Raises:
             KeyboardInterrupt: asked to stop; there is a checkpoint behind the last batch.
@@ -85,12 +87,17 @@ class Loop:
         )
         with (
             batches,
+            ExitStack() as stack,
             Interrupts() as interrupts,
             console.progress("training", total=settings.iters, unit="steps") as progress,
         ):
+            if compiling is not None:
+                stack.callback(compiling.stop)
             progress.advance(self.iteration)
             stopping = False
             while self.iteration < settings.iters and not (stopping := world.any(interrupts.asked)):
+                if compiling is not None and compiling.look():
+                    console.note(f"compiled steps from batch {self.iteration + 1:,} on")
                 self._step(batches)
                 improved = self._tell(metrics, progress)
                 progress.advance(1)

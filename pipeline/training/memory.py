@@ -94,6 +94,11 @@ def check_memory(
     return memory
 
 
+def fits_twice(settings: TrainSettings, source: "Source", distiller: "Distiller") -> bool:
+    """Whether another process could take steps of the same run beside this one."""
+    return 2 * estimate(settings, source, distiller).total <= machine_memory() * SAFE_SHARE
+
+
 def estimate(settings: TrainSettings, source: "Source", distiller: "Distiller") -> Memory:
     """The parts, by the formula of this module."""
     from pipeline.training.optimizing import build_optimizer

@@ -11,11 +11,12 @@ from pipeline.about import missing_blas
 from pipeline.console import Console
 from pipeline.settings import TrainSettings
 from pipeline.training.checkpoints import Checkpoint, Checkpoints
+from pipeline.training.compiling import compile_ahead
 from pipeline.training.config import distill_config
 from pipeline.training.folder import RunFolder
 from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
 from pipeline.training.log import RunLog
-from pipeline.training.memory import check_memory
+from pipeline.training.memory import check_memory, fits_twice
 from pipeline.training.reporting import Metrics, NoMetrics, begin_services
 from pmetal_distill.device import on_cuda
 from schemas.errors import CheckpointError, UsageError
@@ -103,11 +104,18 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
         settings, checkpoints, _checkpoint(settings, folder, checkpoints, console), console, world=world
     )
     _require_same_start(loop.iteration, world)
+    compiling = compile_ahead(
+        settings,
+        loop.distiller,
+        settings.iters - loop.iteration,
+        content=loop.content["content"],
+        room=fits_twice(settings, loop.source, loop.distiller),
+    )
     with _metrics(settings, folder, loop.iteration, world) as metrics:
-        loop.run(metrics, console)
+        loop.run(metrics, console, compiling)
     if not world.leads:
         return {}
-    figures = {**loop.log.last, **loop.evaluation, **loop.distiller.precision.describe()}
+    figures = {**loop.log.last, **loop.evaluation, "precision": loop.distiller.precision.describe()}
     if loop.best is not None:
         figures["best_iteration"] = loop.best[0]
     return {**figures, **_written(settings, loop, figures)}
