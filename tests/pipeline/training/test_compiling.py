@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,17 +57,13 @@ def test_the_run_goes_over_to_compiled_steps_when_its_kernels_are_there(
 
     # The next run with these settings compiles at once; one with others has them built first.
     monkeypatch.setattr(compiling.subprocess, "Popen", lambda *_, **__: pytest.fail("nothing is to be built"))
-    again = run_settings(**{**vars_of(settings), "out": tmp_path / "again"})
+    again = replace(settings, out=tmp_path / "again")
     train(again)
     monkeypatch.setattr(compiling, "on_cuda", lambda: False)
-    plain = run_settings(**{**vars_of(settings), "out": tmp_path / "plain"})
+    plain = replace(settings, out=tmp_path / "plain")
     train(plain)
     assert losses(again) == pytest.approx(losses(plain), rel=1e-4)
     assert losses(settings) == pytest.approx(losses(plain), rel=1e-4)
-
-
-def vars_of(settings: TrainSettings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
 def test_a_short_run_and_a_full_gpu_take_plain_steps(settings: TrainSettings, on_cuda: Path) -> None:
