@@ -36,13 +36,13 @@ class EvalOptions:
     Attributes:
         temperatures: where KL(teacher || student) is taken.
         batch_size: sequences at a time.
-        head_chunk: rows of logits alive at once.
+        head_chunk: rows of logits alive at once; by the device if None.
         max_tokens: stop behind so many tokens; None takes all.
     """
 
     temperatures: Sequence[float] = DEFAULT_TEMPERATURES
     batch_size: int = 8
-    head_chunk: int = 256
+    head_chunk: int | None = None
     max_tokens: int | None = None
 
 
@@ -109,6 +109,7 @@ def _add_batch(
     kinds: DocumentKinds | None,
 ) -> None:
     from pmetal_distill.evaluation import compare_hidden, document_positions
+    from pmetal_distill.evaluation.scores import rows_to_compare
     from pmetal_distill.host_inputs import to_device
 
     mask, token_ids = batch.loss_mask, to_device(batch.token_ids)
@@ -133,7 +134,7 @@ def _add_batch(
         labels=to_device(batch.labels[mask]),
         positions=document_positions(batch.documents)[mask],
         kinds=None if kinds is None else kinds.of_document[batch.documents[mask]],
-        chunk_size=options.head_chunk,
+        chunk_size=options.head_chunk or rows_to_compare(teacher.vocab_size),
     )
 
 

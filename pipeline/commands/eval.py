@@ -31,7 +31,9 @@ from schemas.errors import UsageError
 @click.option("--temperatures", type=FloatList(), default="1,2", show_default=True, help="Where KL is taken.")
 @click.option("--max-seq-len", default=512, show_default=True, help="Most tokens in a sequence.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences at a time.")
-@click.option("--head-chunk", default=256, show_default=True, help="Positions whose logits exist at once.")
+@click.option(
+    "--head-chunk", type=int, help="Positions whose logits exist at once; by the device if not given."
+)
 @click.option("--max-tokens", type=int, help="Stop behind so many tokens.")
 @click.option("--mask-prompt", is_flag=True, help="Leave prompts out.")
 @click.option("--tasks", help="Tasks of the lm-evaluation-harness to run too: a,b (pip install lm-eval).")
@@ -64,7 +66,7 @@ def _check(options: dict[str, Any]) -> None:
     temperatures = options["temperatures"]
     if not temperatures or min(temperatures) <= 0:
         raise UsageError(f"--temperatures: must be greater than 0, found {temperatures}; 1,2 is usual")
-    sizes = (options["max_seq_len"] - 1, options["batch_size"], options["head_chunk"])
+    sizes = (options["max_seq_len"] - 1, options["batch_size"], options["head_chunk"] or 1)
     if min(*sizes, options["max_tokens"] or 1, options["limit"] or 1) < 1:
         raise UsageError(
             "--max-seq-len, --batch-size, --head-chunk, --max-tokens, --limit: must be positive; "

@@ -18,6 +18,8 @@ from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.job import TokenRows
 
 _CPU_BLOCK_ROWS = 8
+_CPU_ROWS = 256
+_GPU_BYTES = 1 << 28  # of one model's float32 logits; about eight arrays of that size exist at once
 Float = npt.NDArray[np.floating[Any]]
 Bool = npt.NDArray[np.bool_]
 
@@ -62,6 +64,11 @@ class TokenScores:
         return TokenScores(soft, hard, labelled, teacher_rank, confidence, labelled & (label_rank < 1))
 
 
+def rows_to_compare(vocab_size: int) -> int:
+    """Rows whose logits are compared at once where nobody asked for a number: by the device and its memory."""
+    return _CPU_ROWS if on_cpu() else max(_CPU_ROWS, _GPU_BYTES // (4 * vocab_size))
+
+
 def score_logits(
     teacher_logits: mx.array, student_logits: mx.array, labels: mx.array, temperatures: Sequence[float]
 ) -> TokenScores:
@@ -95,7 +102,8 @@ def _block(xp: ModuleType, views: Sequence[Any], temperatures: Sequence[float]) 
     labelled = labels != IGNORE_INDEX
     safe = xp.where(labelled, labels, 0)
     teacher_lse, student_lse = _logsumexp(xp, teacher), _logsumexp(xp, student)
-    best, first = xp.argmax(teacher, axis=-1), xp.argmax(student, axis=-1)
+    # As int32, for MLX on CUDA builds a kernel for every type of index.
+    best, first = (xp.argmax(z, axis=-1).astype(xp.int32) for z in (teacher, student))
     at_label = _at(xp, student, safe)
     found = {
         "kl": xp.stack([_forward_kl(xp, teacher, student, t) for t in temperatures]),
