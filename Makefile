@@ -2,7 +2,7 @@
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: setup demo test docs faults check fix clean help
+.PHONY: setup demo test gpu docs faults check fix clean help
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -14,6 +14,9 @@ demo: setup ## distil a real model in a few minutes, without a network
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest -q
+
+gpu: setup ## check everything on this machine's GPU, with the real model: a table of PASS and FAIL
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
 docs: setup ## write the pages that are made out of the code
 	$(BIN)/python -m tools.reference

@@ -197,7 +197,10 @@ def _kept_in_float32(model: nn.Module, stored: Types) -> set[str]:
 
 def stored_weights(weights: Mapping[str, mx.array], stored: Types) -> dict[str, mx.array]:
     """Weights in the types they have on disk; those without one stay as they are."""
-    return {name: array.astype(stored.get(name, array.dtype)) for name, array in weights.items()}
+    return {
+        name: array if stored.get(name, array.dtype) == array.dtype else array.astype(stored[name])
+        for name, array in weights.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -66,7 +66,8 @@ def _check(options: dict[str, Any]) -> None:
     temperatures = options["temperatures"]
     if not temperatures or min(temperatures) <= 0:
         raise UsageError(f"--temperatures: must be greater than 0, found {temperatures}; 1,2 is usual")
-    sizes = (options["max_seq_len"] - 1, options["batch_size"], options["head_chunk"] or 1)
+    chunk = 1 if options["head_chunk"] is None else options["head_chunk"]
+    sizes = (options["max_seq_len"] - 1, options["batch_size"], chunk)
     if min(*sizes, options["max_tokens"] or 1, options["limit"] or 1) < 1:
         raise UsageError(
             "--max-seq-len, --batch-size, --head-chunk, --max-tokens, --limit: must be positive; "

@@ -96,6 +96,8 @@ def open_together(settings: TrainSettings, world: "World") -> RunFolder:
 
 
 def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Console) -> dict[str, Any]:
+    import mlx.core as mx
+
     if hint := missing_blas():
         console.note(hint)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
@@ -116,6 +118,7 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
     if not world.leads:
         return {}
     figures = {**loop.log.last, **loop.evaluation, "precision": loop.distiller.precision.describe()}
+    figures["peak_memory_gb"] = mx.get_peak_memory() / 1e9
     if loop.best is not None:
         figures["best_iteration"] = loop.best[0]
     return {**figures, **_written(settings, loop, figures)}

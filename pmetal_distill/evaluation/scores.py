@@ -65,7 +65,7 @@ class TokenScores:
 
 
 def rows_to_compare(vocab_size: int) -> int:
-    """Rows whose logits are compared at once where nobody asked for a number: by the device and its memory."""
+    """Rows whose logits are compared at once where nobody asked for a number."""
     return _CPU_ROWS if on_cpu() else max(_CPU_ROWS, _GPU_BYTES // (4 * vocab_size))
 
 

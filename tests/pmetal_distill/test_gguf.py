@@ -208,8 +208,17 @@ class TestOutput:
         assert {entry.name for entry in tmp_path.iterdir()} == {"m.gguf", "out"}
 
     def test_unknown_dtype(self, folder: Path, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="bfloat16"):
-            convert_gguf(build_tiny_gguf(tmp_path / "m.gguf", folder), tmp_path / "out", dtype="bfloat16")
+        with pytest.raises(UsageError, match="float8"):
+            convert_gguf(build_tiny_gguf(tmp_path / "m.gguf", folder), tmp_path / "out", dtype="float8")
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision_is_the_nearest(self, folder: Path, tmp_path: Path, dtype: str) -> None:
+        file = build_tiny_gguf(tmp_path / "m.gguf", folder)
+        exact, half = (convert_gguf(file, tmp_path / name, dtype=name) for name in ("float32", dtype))
+        whole, rounded = (mx.load(str(place / "model.safetensors")) for place in (exact, half))
+        assert whole.keys() == rounded.keys()  # type: ignore[union-attr]
+        for name, array in whole.items():  # type: ignore[union-attr]
+            assert mx.array_equal(rounded[name], array.astype(getattr(mx, dtype))), name  # type: ignore[index]
 
     def test_no_room(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())

@@ -40,13 +40,17 @@ METRICS = {
 }
 
 VARIABLES = {
-    "PMETAL_HOME": "Folder for what can be made or fetched again: converted GGUF files, mirrors of caches "
-    "in object storage. By default `~/Library/Caches/pmetal-distill` on macOS, else "
-    "`$XDG_CACHE_HOME/pmetal-distill`.",
+    "PMETAL_HOME": "Folder for what can be made or fetched again: converted GGUF files, compiled "
+    "CUDA kernels, mirrors of caches in object storage. By default `~/Library/Caches/pmetal-distill` on "
+    "macOS, else `$XDG_CACHE_HOME/pmetal-distill`.",
     "PMETAL_KERNELS": "`auto` (default): fused kernels where the device has them; `plain`: MLX operations "
     "everywhere.",
     "PMETAL_MIRROR_GB": "Most gigabytes of remote caches kept in `PMETAL_HOME`; 32 (GiB) by default, 0 "
     "keeps none.",
+    "MLX_PTX_CACHE_DIR": "Folder for the CUDA kernels that MLX compiles; by default one in `PMETAL_HOME` for "
+    "each version of MLX and architecture.",
+    "CUDA_HOME": "Where CUDA's headers are, if not in NVIDIA's Python packages nor in `/usr/local/cuda`.",
+    "CUDA_PATH": "The same.",
     "XDG_CACHE_HOME": "See PMETAL_HOME; `~/.cache` by default.",
     "MLX_RANK": "Set by `mlx.launch`: the process is one of several.",
     "OMPI_COMM_WORLD_RANK": "Set by `mpirun` of Open MPI: the same.",

@@ -12,6 +12,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "pmetal_distill.schedule",
         "pmetal_distill.yaml_files",
         "pmetal_distill.kernels",
+        "pmetal_distill.precision",
         "pmetal_distill.modelling.folders",
     ),
     "Text": ("pipeline.data", "pipeline.demo_text", "pipeline.text"),
