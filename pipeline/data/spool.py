@@ -46,7 +46,7 @@ class Column(Generic[T]):
             DataError: the disk is full or the folder cannot be written to.
         """
         self._recent += data
-        most = self._memory_bytes if self._file is None else _WRITE_BYTES
+        most = self._memory_bytes if self._file is None else min(self._memory_bytes, _WRITE_BYTES)
         if len(self._recent) > most:
             self._spill()
 
