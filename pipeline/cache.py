@@ -106,8 +106,8 @@ def _fill(
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
     hidden = hidden_spec(settings, teacher)
-    check_rank(settings, teacher)
     data = read_data(settings, teacher, text)
+    check_rank(settings, teacher)
     console.note(_size(data))
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():

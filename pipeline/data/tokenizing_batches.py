@@ -29,7 +29,7 @@ from pipeline.data.tokenizing import (
     tokenize,
 )
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 19
 BATCH_DOCUMENTS = 4096
 READ_BATCHES = 2
 ENCODED_BATCHES = 4
@@ -76,8 +76,9 @@ def tokenize_batches(
     with (
         closing(Prefetch(_batches(documents), most=READ_BATCHES)) as read,
         ThreadPoolExecutor(ENCODING_THREADS, "tokenize") as pool,
+        closing(_ahead(work, read, pool)) as tokenized,
     ):
-        for done in _ahead(work, read, pool):
+        for done in tokenized:
             yield done.documents
             if done.error is not None:
                 raise done.error
@@ -192,7 +193,7 @@ class _BatchTokenizer:
 
 def _ahead(
     work: _BatchTokenizer, batches: Iterator[list[Document]], pool: ThreadPoolExecutor
-) -> Iterator[_Tokenized]:
+) -> Generator[_Tokenized]:
     """Results in order, `ENCODED_BATCHES` of them under way; an error of `batches` after those before it."""
     waiting: deque[Future[_Tokenized]] = deque()
     ended: Exception | None = None
