@@ -1,13 +1,15 @@
 """Stage one: runs the teacher once and writes what it says about every token. Costs its forward pass.
 
-The teacher's body runs on batches of sequences, its head on chunks of rows, so [tokens, vocabulary] never
-exists at once. Shard after shard is committed; an interrupted run goes on with --resume, and several
-processes may write one cache.
+The text is read while the teacher's weights are. The teacher's body runs on batches of sequences, its head on
+chunks of rows, so [tokens, vocabulary] never exists at once. Shard after shard is committed; an interrupted
+run goes on with --resume, and several processes may write one cache.
 """
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from pipeline.console import Console
 from pipeline.data import FieldNames, PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.stage_one import StageOne
-from pipeline.text import packed_text
+from pipeline.text import TextAhead, pack_settings
 from schemas.errors import UsageError
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import Dataset
@@ -42,7 +44,8 @@ def run_cache(
 
     Returns:
         tokens, bytes and speed of what this process wrote, and of the whole cache; nothing in those of
-        several processes that do not lead.
+        several processes that do not lead. `wall_seconds` is all the time of this call, `reading_seconds`
+        that from the first document to the last sequence, most of it while the teacher is loaded.
 
     Raises:
         UsageError: the output folder is in use, or the settings do not fit the teacher.
@@ -52,6 +55,7 @@ def run_cache(
     """
     from pmetal_distill.parallel import World
 
+    started = time.perf_counter()
     world = World.launched()
     if not world.leads:
         console = Console(quiet=True)
@@ -59,16 +63,39 @@ def run_cache(
         lambda: refuse_used_folder(settings.out, resume=settings.resume),
         otherwise=UsageError(f"{settings.out}: all processes must be able to take it, found one that is not"),
     )
+    with closing(text_ahead(settings)) as text:
+        found = _run(settings, console, teacher, world, text)
+    return found and {**found, **_whole_time(found["new_tokens"], time.perf_counter() - started)}
+
+
+def _whole_time(tokens: int, seconds: float) -> dict[str, float]:
+    return {"wall_seconds": seconds, "wall_tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def _run(
+    settings: CacheSettings,
+    console: Console,
+    teacher: "LoadedModel | None",
+    world: "World",
+    text: TextAhead,
+) -> dict[str, Any]:
+    from pmetal_distill.parallel import World
+
     if settings.sharded:
         from pmetal_distill.sharded import sharded_model
 
-        with sharded_model(settings.teacher, world, trust_remote_code=settings.trust_remote_code) as share:
-            return {} if share is None else _fill(settings, console, share, World())
-    return _fill(settings, console, teacher or _load_teacher(settings, console), world)
+        with sharded_model(
+            settings.teacher,
+            world,
+            trust_remote_code=settings.trust_remote_code,
+            on_tokenizer=text.start if world.leads else None,
+        ) as share:
+            return {} if share is None else _fill(settings, console, share, World(), text)
+    return _fill(settings, console, teacher or _load_teacher(settings, console, text), world, text)
 
 
 def _fill(
-    settings: CacheSettings, console: Console, teacher: "LoadedModel", world: "World"
+    settings: CacheSettings, console: Console, teacher: "LoadedModel", world: "World", text: TextAhead
 ) -> dict[str, Any]:
     """The share of one process in a cache."""
     from pmetal_distill.models import model_fingerprint
@@ -79,7 +106,7 @@ def _fill(
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
     hidden = hidden_spec(settings, teacher)
-    data = read_data(settings, teacher)
+    data = read_data(settings, teacher, text)
     check_rank(settings, teacher)
     console.note(_size(data))
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
@@ -90,7 +117,9 @@ def _fill(
         settings.out, dataset, tokenizer_files(teacher.tokenizer), zstd_level=settings.zstd_level
     ) as writer:
         run.write_missing(writer)
-    return {**run.summary(), **describe_cache(settings.out)} if world.leads else {}
+    if not world.leads:
+        return {}
+    return {**run.summary(), "reading_seconds": text.seconds, **describe_cache(settings.out)}
 
 
 def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
@@ -111,12 +140,17 @@ def _size(data: PackedDataset) -> str:
     return f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {sequences}"
 
 
-def _load_teacher(settings: CacheSettings, console: Console) -> "LoadedModel":
+def _load_teacher(settings: CacheSettings, console: Console, text: TextAhead) -> "LoadedModel":
     from pmetal_distill.models import load_model
 
     if hint := missing_blas():
         console.note(hint)
-    teacher = load_model(settings.teacher, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    teacher = load_model(
+        settings.teacher,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        on_tokenizer=text.start,
+    )
     for note in teacher.notes:
         console.note(f"teacher: {note}")
     return teacher
@@ -157,23 +191,30 @@ def target_spec(settings: CacheSettings, vocab_size: int) -> TargetSpec:
     return TargetSpec(vocab_size=vocab_size, k=settings.top_k, tail=settings.tail)
 
 
-def read_data(settings: CacheSettings, teacher: "LoadedModel") -> PackedDataset:
-    """The text as packed sequences in the teacher's tokens."""
+def read_data(
+    settings: CacheSettings, teacher: "LoadedModel", text: TextAhead | None = None
+) -> PackedDataset:
+    """The text as packed sequences in the teacher's tokens; `text` may have begun to read it."""
+    with closing(text or text_ahead(settings)) as ahead:
+        ahead.start(teacher.tokenizer)
+        packing = pack_settings(teacher, max_seq_len=settings.max_seq_len, packing=settings.pack)
+        return ahead.packed(packing, spool_folder=_existing_folder(settings.out))
+
+
+def _existing_folder(path: Path) -> Path:
+    """The folder, or the first above it that is there: on the disk that is to hold the folder."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def text_ahead(settings: CacheSettings) -> TextAhead:
+    """The text that the settings name; nothing of it is read yet."""
     fields = FieldNames(
         text=settings.text_feature,
         prompt=settings.prompt_feature,
         completion=settings.completion_feature,
         messages=settings.chat_feature,
     )
-    return packed_text(
-        settings.data,
-        teacher,
-        split=settings.split,
-        max_seq_len=settings.max_seq_len,
-        mask_prompt=settings.mask_prompt,
-        packing=settings.pack,
-        fields=fields,
-    )
+    return TextAhead(settings.data, split=settings.split, mask_prompt=settings.mask_prompt, fields=fields)
 
 
 def describe(

@@ -135,8 +135,8 @@ class Calibrator:
 
     def stretches(self) -> list[range]:
         """The shards of each stretch."""
-        lengths = self.runner.dataset.sequence_lengths()
-        return cut_stretches(lengths, self.settings.sequences_per_shard, tokens=STRETCH_TOKENS)
+        every = slice(None, None, self.settings.sequences_per_shard)
+        return cut_stretches(self.runner.dataset.first_tokens(every), tokens=STRETCH_TOKENS)
 
     def of_stretch(self, learned: "Coding | DriftMonitor", stretch: range) -> "Steps[Coding]":
         """What the shards of a stretch are coded with, found in steps."""
@@ -224,7 +224,7 @@ class Calibrator:
             started = time.perf_counter()
 
     def _num_targets(self, sequences: Sequence[int]) -> int:
-        return sum(int(self.runner.dataset.sequence(number).loss_mask.sum()) for number in sequences)
+        return sum(map(self.runner.dataset.targets_in, sequences))
 
     def _split(self, rows: "SampledRows", *, most: int) -> tuple["Sample", "Sample"]:
         """Rows to fit on and, of other documents, at most `most` rows to measure on."""
@@ -256,16 +256,14 @@ def held_apart(groups: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     return np.arange(len(groups)) >= len(groups) - len(groups) // HELD_BACK_SHARE
 
 
-def cut_stretches(lengths: NDArray[np.int64], sequences_per_shard: int, *, tokens: int) -> list[range]:
+def cut_stretches(firsts: NDArray[np.int64], *, tokens: int) -> list[range]:
     """Ranges of shards that share a choice of basis: those whose first tokens lie in one window of `tokens`.
 
     Args:
-        lengths: tokens of each sequence of the data set.
-        sequences_per_shard: of the cache.
+        firsts: number of the first token of each shard.
         tokens: size of a stretch, about: it has at least one shard. A basis of a stretch's own weighs 2 r + 4
             bytes for each entry of the vocabulary (26 MB at V=49k, r=256: 50 bytes a token of a stretch).
     """
-    firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])[::sequences_per_shard]
     windows = firsts // tokens
     edges = [0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(firsts)]
     return [range(start, stop) for start, stop in pairwise(edges)]

@@ -120,13 +120,13 @@ class Planner:
 
         self._calibrator = Calibrator(self.base, self.teacher, runner(), spec, self.console, hidden)
         self._fitting = Fitting(*self._calibrator.samples(most=HELD_BACK_TOKENS), self.teacher.head)
-        chosen = self.data.sample_sequences(WRITTEN_TOKENS, seed=self.base.seed).tolist()
+        chosen = self.data.sample_sequences(WRITTEN_TOKENS, seed=self.base.seed)
         started = time.perf_counter()
-        for states in runner().sample(chosen):
+        for states in runner().sample(chosen.tolist()):
             mx.eval(states.final, dict(states.layers))
             self._written.append(states)
         self._forward_seconds = time.perf_counter() - started
-        lengths = self.data.sequence_lengths()[chosen]
+        lengths = self.data.sequence_lengths(chosen)
         self._dataset = replace(
             describe(self.base, self.teacher, self.data, spec, hidden, weights="a plan"),
             num_sequences=len(lengths),

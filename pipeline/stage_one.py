@@ -173,8 +173,7 @@ class StageOne:
         }
 
     def _num_tokens(self, shard: int) -> int:
-        numbers = self._shard_range(shard)
-        return int(self.data.sequence_lengths()[numbers.start : numbers.stop].sum())
+        return self.data.tokens_in(self._shard_range(shard))
 
     def _shard_range(self, shard: int) -> range:
         size = self.settings.sequences_per_shard

@@ -8,7 +8,7 @@ head begins. On the CPU everything runs in float32: half-precision products are 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def load_model(
     dtype: TeacherType = "auto",
     trust_remote_code: bool = False,
     group: mx.distributed.Group | None = None,
+    on_tokenizer: Callable[[Any], None] | None = None,
 ) -> LoadedModel:
     """Loads a model and takes it apart.
 
@@ -119,6 +120,7 @@ def load_model(
             right on this device. `LoadedModel.stored` remembers the types on disk.
         trust_remote_code: whether Python code that comes with the model may run.
         group: processes that each load a share of it; all of them must make the same calls.
+        on_tokenizer: is given the tokenizer before the weights are read, which may take minutes.
 
     Raises:
         ModelError: missing, not a model, of an unsupported kind, damaged, without a tokenizer, or not to be
@@ -129,22 +131,28 @@ def load_model(
     folder = locate_model(path_or_repo, dtype=dtype)
     config = _read_config(folder)
     _require_tokenizer_files(folder)
-    model, config = open_model(
-        folder, source=source, lazy=group is not None, trust_remote_code=trust_remote_code
-    )
+    model, config = open_model(folder, source=source, lazy=True, trust_remote_code=trust_remote_code)
     if group is not None:
         shard_model(model, config, group, source=source)
     tokenizer = load_tokenizer(
         folder, trust_remote_code=trust_remote_code, eos_token_ids=config.get("eos_token_id")
     )
+    if on_tokenizer is not None:
+        on_tokenizer(tokenizer)
     stored = float_types(model)
-    wanted = teacher_type(dtype, main_type(stored))
-    if wanted != main_type(stored) or on_cpu():
-        cast_model(model, wanted, exact=wanted == mx.float32)
-    mx.eval(model.parameters())
-    kernel_warmup.begin([dtype_name(wanted)])
-    kernel_warmup.wait()
+    _read_weights(model, teacher_type(dtype, main_type(stored)), main_type(stored), source)
     return wrap_model(model, tokenizer, config, source=source, folder=folder, stored=stored)
+
+
+def _read_weights(model: nn.Module, wanted: mx.Dtype, stored: mx.Dtype, source: str) -> None:
+    if wanted != stored or on_cpu():
+        cast_model(model, wanted, exact=wanted == mx.float32)
+    kernel_warmup.begin([dtype_name(wanted)])
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise _unloadable(source, error) from error
+    kernel_warmup.wait()
 
 
 def locate_model(path_or_repo: str | Path, *, dtype: TeacherType = "auto") -> Path:
@@ -222,10 +230,12 @@ def open_model(
     try:
         model, config = load(folder, lazy=lazy, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"{source}: mlx_lm cannot load it ({_first_line(error)}); see that the folder is whole"
-        ) from error
+        raise _unloadable(source, error) from error
     return model, config
+
+
+def _unloadable(source: str, error: Exception) -> ModelError:
+    return ModelError(f"{source}: mlx_lm cannot load it ({_first_line(error)}); see that the folder is whole")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, eos_token_ids: Any = None) -> Any:

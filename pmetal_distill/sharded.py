@@ -5,9 +5,10 @@ leads sends its tokens to the others, which run the same pass and keep nothing. 
 over all processes in each block; the head runs in the leader alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -108,11 +109,16 @@ class ShardedModel(LoadedModel):
 
 @contextmanager
 def sharded_model(
-    path_or_repo: str, world: World, *, trust_remote_code: bool = False
+    path_or_repo: str,
+    world: World,
+    *,
+    trust_remote_code: bool = False,
+    on_tokenizer: Callable[[Any], None] | None = None,
 ) -> Iterator[ShardedModel | None]:
     """Loads a model in shares and gives it to the leading process.
 
-    The other processes serve it, and get None when the leading one has left the block.
+    The other processes serve it, and get None when the leading one has left the block. `on_tokenizer` is that
+    of `load_model`.
 
     Raises:
         UsageError: there is one process.
@@ -124,7 +130,9 @@ def sharded_model(
             "sharded: must run in several processes, found one; start it by 'mlx.launch -n 2 -- "
             "pmetal-pipeline ...', or leave --sharded out"
         )
-    loaded = load_model(path_or_repo, trust_remote_code=trust_remote_code, group=world.group)
+    loaded = load_model(
+        path_or_repo, trust_remote_code=trust_remote_code, group=world.group, on_tokenizer=on_tokenizer
+    )
     model = ShardedModel(**{part.name: getattr(loaded, part.name) for part in fields(loaded)}, world=world)
     if not world.leads:
         model.serve()

@@ -1,5 +1,6 @@
 """`cache`: stage one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,28 @@ import click
 
 from pipeline.commands.shared import console_options
 from pipeline.config import load_config, resolve
-from pipeline.console import Console
+from pipeline.console import Console, aligned
 from pipeline.options import given, settings_options
 from pipeline.settings import CacheSettings
+
+# In the order in which they are shown.
+LABELS = {
+    "new_tokens": "tokens written now",
+    "wall_seconds": "seconds, whole command",
+    "wall_tokens_per_second": "tokens/s, whole command",
+    "reading_seconds": "seconds reading text",
+    "calibration_seconds": "seconds calibrating",
+    "seconds": "seconds, calibration and pass",
+    "tokens_per_second": "tokens/s, pass alone",
+    "cache": "cache",
+    "sequences": "sequences",
+    "tokens": "tokens",
+    "trained_tokens": "trained tokens",
+    "bytes_per_token": "bytes/token",
+    "hidden_bytes_per_token": "bytes/token, hidden states",
+    "sidecar_bytes": "bytes of sidecars",
+    "compression": "compression",
+}
 
 
 @click.command("cache")
@@ -22,4 +42,9 @@ def command(config: Path | None, console: Console, **options: Any) -> None:
     from pipeline.cache import run_cache
 
     if result := run_cache(settings, console):
-        console.result(result)
+        console.result(result, summary_text(result))
+
+
+def summary_text(result: Mapping[str, Any]) -> str:
+    """What `run_cache` returns, in words."""
+    return aligned((label, result[name]) for name, label in LABELS.items())

@@ -9,7 +9,8 @@ from pipeline.data.documents import Document, FieldNames
 from pipeline.data.packing import PackedDataset, PackedSequence, PackSettings, pack
 from pipeline.data.readers import available_splits, data_files, load_documents
 from pipeline.data.splitting import split_by_document, split_by_size
-from pipeline.data.tokenizing import TokenizedDocument, Tokenizer, tokenize, tokenize_all
+from pipeline.data.tokenizing import TokenizedDocument, Tokenizer, tokenize
+from pipeline.data.tokenizing_batches import tokenize_all, tokenize_batches
 
 __all__ = [
     "Document",
@@ -27,4 +28,5 @@ __all__ = [
     "split_by_size",
     "tokenize",
     "tokenize_all",
+    "tokenize_batches",
 ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import UsageError
 
-HASH_TOKENS = 1 << 22
+HASH_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class PackedDataset:
 
     Attributes:
         settings: how it was packed.
-        token_ids: int32 [num_tokens], sequence after sequence; may be memory-mapped.
+        token_ids: int32 [num_tokens], sequence after sequence.
         sequence_windows: int64 [num_sequences + 1], first window of each sequence.
         window_tokens: int64 [num_windows + 1], first token of each window.
         window_documents: int32 [num_windows], document of each window.
@@ -67,6 +67,9 @@ class PackedDataset:
         sources: the files.
         document_sources: int32 [num_documents], index into `sources`.
         document_lines: int64 [num_documents], 1-based line; 0 for a whole file.
+        num_targets: positions with loss_mask 1.
+
+    All arrays may be memory-mapped and too long to be in memory: ask for the part that is needed.
     """
 
     settings: PackSettings
@@ -79,6 +82,7 @@ class PackedDataset:
     sources: tuple[str, ...] = field(repr=False)
     document_sources: NDArray[np.int32] = field(repr=False)
     document_lines: NDArray[np.int64] = field(repr=False)
+    num_targets: int
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -96,18 +100,31 @@ class PackedDataset:
         return len(self.document_lines)
 
     @property
-    def num_targets(self) -> int:
-        """Positions with loss_mask 1."""
-        return int(self._sequence_targets.sum())
-
-    @property
     def fill_rate(self) -> float:
         """Share of the positions of full-length sequences that hold a token, in (0, 1]."""
         return self.num_tokens / (self.num_sequences * self.settings.max_seq_len)
 
-    def sequence_lengths(self) -> NDArray[np.int64]:
-        """int64 [num_sequences], tokens in each."""
-        return np.diff(self.window_tokens[self.sequence_windows])
+    def first_tokens(self, sequences: "slice | NDArray[np.int64]") -> NDArray[np.int64]:
+        """int64: where the named sequences begin in `token_ids`."""
+        return np.asarray(self.window_tokens[self.sequence_windows[:-1][sequences]])
+
+    def sequence_lengths(self, sequences: "slice | NDArray[np.int64]" = slice(None)) -> NDArray[np.int64]:
+        """int64, tokens in each of the named sequences; in all of them without names."""
+        ends = self.window_tokens[self.sequence_windows[1:][sequences]]
+        return np.asarray(ends - self.first_tokens(sequences))
+
+    def tokens_in(self, sequences: range) -> int:
+        """Tokens in a run of sequences; takes no time, whatever its length."""
+        first, last = self.sequence_windows[[sequences.start, sequences.stop]]
+        return int(self.window_tokens[last] - self.window_tokens[first])
+
+    def targets_in(self, sequence: int) -> int:
+        """Trained positions of a sequence."""
+        windows = slice(*self.sequence_windows[sequence : sequence + 2])
+        lengths = np.diff(self.window_tokens[windows.start : windows.stop + 1])
+        masked = self.window_masked[windows]
+        last_counted = self.window_ends[windows] & (masked < lengths)
+        return int((lengths - masked - last_counted).sum())
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index`, in 0 ... num_sequences - 1; the tokens are a view.
@@ -154,12 +171,11 @@ class PackedDataset:
         Returns:
             int64, ascending and distinct sequence numbers.
         """
-        targets = self._sequence_targets
-        if num_targets >= targets.sum():
+        if num_targets >= self.num_targets:
             return np.arange(self.num_sequences, dtype=np.int64)
-        count = max(1, int(np.ceil(num_targets / targets.mean())))
+        count = max(1, int(np.ceil(num_targets / (self.num_targets / self.num_sequences))))
         chosen = self._one_per_stratum(count, seed)
-        while targets[chosen].sum() < num_targets:
+        while sum(map(self.targets_in, chosen.tolist())) < num_targets:
             count = min(self.num_sequences, count + max(1, count // 16))
             chosen = self._one_per_stratum(count, seed)
         return chosen
@@ -173,21 +189,14 @@ class PackedDataset:
         return np.random.default_rng(seed).integers(edges[:-1], edges[1:], dtype=np.int64)
 
     @cached_property
-    def _sequence_targets(self) -> NDArray[np.int64]:
-        lengths = np.diff(self.window_tokens)
-        last_counted = self.window_ends & (self.window_masked < lengths)
-        targets = np.concatenate([[0], np.cumsum(lengths - self.window_masked - last_counted)])
-        return np.diff(targets[self.sequence_windows])
-
-    @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"pmetal-distill packed data 1\n")
         digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        for name in ("sequence_windows", "window_tokens", "window_documents", "window_masked", "window_ends"):
+        columns = ("sequence_windows", "window_tokens", "window_documents", "window_masked", "window_ends")
+        for name in (*columns, "token_ids"):
             values = getattr(self, name)
             digest.update(f"\n{name} {len(values)}\n".encode())
-            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-        digest.update(f"\ntoken_ids {self.num_tokens}\n".encode())
-        for start in range(0, self.num_tokens, HASH_TOKENS):
-            digest.update(self.token_ids[start : start + HASH_TOKENS].astype("<i4").tobytes())
+            for start in range(0, len(values), HASH_VALUES):
+                part = values[start : start + HASH_VALUES]
+                digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()

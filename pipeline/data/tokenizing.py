@@ -1,12 +1,13 @@
 """Documents to token ids, with the tokens that `mlx_lm.lora` trains on for the same record.
 
-Text gets the end-of-text token behind it; chats go through the tokenizer's chat template.
+Text gets the end-of-text token behind it; chats go through the tokenizer's chat template. One document at a
+time and with nothing but the tokenizer's public methods; `tokenizing_batches` does many at once.
 
 References:
     mlx_lm/tuner/datasets.py: TextDataset, ChatDataset, CompletionsDataset.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +16,6 @@ from numpy.typing import NDArray
 
 from pipeline.data.documents import MEND, Document, Message
 from schemas.errors import DataError, ModelError, UsageError
-
-_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a key of transformers' own
 
 
 class Tokenizer(Protocol):
@@ -47,6 +46,19 @@ class TokenizedDocument:
     line: int
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that go through the chat template.
+
+    Attributes:
+        messages: the first argument of `apply_chat_template`.
+        options: the others, but for the form of its result.
+    """
+
+    messages: list[Message]
+    options: dict[str, Any]
+
+
 def tokenize(document: Document, tokenizer: Tokenizer, *, mask_prompt: bool = False) -> TokenizedDocument:
     """Turns one document into tokens.
 
@@ -61,29 +73,15 @@ def tokenize(document: Document, tokenizer: Tokenizer, *, mask_prompt: bool = Fa
         DataError: the chat template refuses the messages.
     """
     if document.kind == "text":
-        token_ids, prompt_length = _tokenize_text(document, tokenizer, mask_prompt), 0
-    else:
-        token_ids, prompt_length = _tokenize_chat(document, tokenizer, mask_prompt)
-    return TokenizedDocument(
-        token_ids=np.asarray(token_ids, dtype=np.int32),
-        prompt_length=prompt_length,
-        source=document.source,
-        line=document.line,
-    )
+        eos = end_of_text(document, tokenizer, mask_prompt=mask_prompt)
+        return finish_text(document, list(tokenizer.encode(document.text)), eos=eos)
+    check_chat(document, tokenizer)
+    wanted = conversations(document, mask_prompt=mask_prompt)
+    return finish_chat(document, [_apply_template(document, tokenizer, one) for one in wanted])
 
 
-def tokenize_all(
-    documents: Iterable[Document], tokenizer: Tokenizer, *, mask_prompt: bool = False
-) -> Iterator[TokenizedDocument]:
-    """`tokenize` over a stream, without transformers' warning about long documents: they are cut later."""
-    warned = getattr(tokenizer, "deprecation_warnings", None)
-    if isinstance(warned, dict):
-        warned[_TOO_LONG] = True
-    for document in documents:
-        yield tokenize(document, tokenizer, mask_prompt=mask_prompt)
-
-
-def _tokenize_text(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> list[int]:
+def end_of_text(document: Document, tokenizer: Tokenizer, *, mask_prompt: bool) -> int:
+    """The token that ends a plain text; raises what `tokenize` raises where there can be none."""
     if mask_prompt:
         raise UsageError(
             f"{document.where}: --mask-prompt needs records with a prompt, found plain text; "
@@ -92,47 +90,68 @@ def _tokenize_text(document: Document, tokenizer: Tokenizer, mask_prompt: bool) 
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("tokenizer: must have an end-of-text token, found none; set eos_token in its config")
-    token_ids = list(tokenizer.encode(document.text))
+    return eos
+
+
+def finish_text(document: Document, token_ids: list[int], *, eos: int) -> TokenizedDocument:
+    """A plain text from its ids, to which the end-of-text token may be added."""
     if not token_ids or token_ids[-1] != eos:
         token_ids.append(eos)
-    return token_ids
+    return _tokenized(document, token_ids, prompt_length=0)
 
 
-def _tokenize_chat(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> tuple[list[int], int]:
-    if not _has_chat_template(tokenizer):
+def check_chat(document: Document, tokenizer: Tokenizer) -> None:
+    """Raises ModelError for a tokenizer without a chat template."""
+    wrapped = getattr(tokenizer, "has_chat_template", None)
+    if not (getattr(tokenizer, "chat_template", None) is not None if wrapped is None else wrapped):
         raise ModelError(
             f"{document.where}: chats need a tokenizer with a chat template, found none; use an instruct "
             "model as teacher, or give plain 'text' records"
         )
-    token_ids = _apply_template(document, tokenizer, document.messages)
+
+
+def conversations(document: Document, *, mask_prompt: bool) -> list[Conversation]:
+    """What is tokenized of a chat: all of it, and where prompts are masked all before its last message."""
+    tools = None if document.tools is None else list(document.tools)
+    whole = Conversation(list(document.messages), {"tools": tools})
+    *prompt, last = document.messages
+    if not mask_prompt or not prompt:
+        return [whole]
+    return [
+        whole,
+        Conversation(prompt, {"tools": tools, "add_generation_prompt": last["role"] == "assistant"}),
+    ]
+
+
+def finish_chat(document: Document, found: Sequence[list[int]]) -> TokenizedDocument:
+    """A chat from the ids of its `conversations`.
+
+    Raises:
+        DataError: the template has made nothing of it.
+    """
+    token_ids, *prompts = found
     if not token_ids:
         raise DataError(f"{document.where}: the chat template made no token of it; {MEND}")
-    prompt = document.messages[:-1]
-    if not mask_prompt or not prompt:
-        return token_ids, 0
-    prompt_ids = _apply_template(
-        document,
-        tokenizer,
-        prompt,
-        add_generation_prompt=document.messages[-1]["role"] == "assistant",
-    )
-    return token_ids, min(len(prompt_ids), len(token_ids))
+    prompt_length = min([len(token_ids), *map(len, prompts)]) if prompts else 0
+    return _tokenized(document, token_ids, prompt_length=prompt_length)
 
 
-def _has_chat_template(tokenizer: Tokenizer) -> bool:
-    wrapped = getattr(tokenizer, "has_chat_template", None)
-    return bool(getattr(tokenizer, "chat_template", None) is not None if wrapped is None else wrapped)
-
-
-def _apply_template(
-    document: Document, tokenizer: Tokenizer, messages: Sequence[Message], **options: Any
-) -> list[int]:
+def _apply_template(document: Document, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     from jinja2 import TemplateError
 
-    tools = None if document.tools is None else list(document.tools)
     try:
-        return list(tokenizer.apply_chat_template(list(messages), tools=tools, return_dict=False, **options))
+        ids = tokenizer.apply_chat_template(conversation.messages, return_dict=False, **conversation.options)
+        return list(ids)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise DataError(
             f"{document.where}: the chat template refuses the messages: {error}; {MEND}"
         ) from error
+
+
+def _tokenized(document: Document, token_ids: list[int], *, prompt_length: int) -> TokenizedDocument:
+    return TokenizedDocument(
+        token_ids=np.array(token_ids, dtype=np.int32),
+        prompt_length=prompt_length,
+        source=document.source,
+        line=document.line,
+    )

@@ -5,6 +5,7 @@ the default shard size. Memory: the tokens, 4 bytes each.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Unpack
 
 import numpy as np
@@ -21,7 +22,7 @@ SEQUENCES_PER_SHARD: Any = {f.name: f.default for f in fields(CacheSettings)}["s
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TextReader:
     """Batches of packed text.
 
@@ -47,19 +48,24 @@ class TextReader:
         Raises:
             IncompatibleError: a subset with sequences that are not there, or a state of another order.
         """
-        lengths = self.data.sequence_lengths()
-        groups = row_groups(lengths, per_shard=SEQUENCES_PER_SHARD, rows_per_group=ROWS_PER_GROUP)
-        firsts = np.array([group[0] for group in groups], np.int64)
+        groups, firsts = self._groups
         sequences = Sequences(
             self.text,
             self.text,
             groups,
             group_of=lambda number: int(np.searchsorted(firsts, number, side="right")) - 1,
-            longest=lambda numbers: int(lengths[np.asarray(numbers)].max()),
+            longest=lambda numbers: int(self.data.sequence_lengths(np.asarray(numbers)).max()),
             load=lambda group: {number: self._sequence(number) for number in groups[group].tolist()},
             empty=_no_targets(0),
         )
         return read_batches(sequences, batch_size=batch_size, seed=seed, **options)
+
+    @cached_property
+    def _groups(self) -> tuple[list[Int64], Int64]:
+        """Numbers of the sequences of each row group, and the first of each."""
+        lengths = self.data.sequence_lengths()
+        groups = row_groups(lengths, per_shard=SEQUENCES_PER_SHARD, rows_per_group=ROWS_PER_GROUP)
+        return groups, np.array([group[0] for group in groups], np.int64)
 
     def _sequence(self, number: int) -> StoredSequence:
         row = self.data.sequence(number)

@@ -103,12 +103,11 @@ def test_data_of_one_stretch_takes_the_calibration_as_it_is(
 
 
 def test_stretches_cover_all_shards_in_order() -> None:
-    lengths = np.array([5, 9, 9, 1, 30, 2, 2, 2, 8, 9, 9])
-    assert cut_stretches(lengths, 2, tokens=20) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
-    assert cut_stretches(lengths, 2, tokens=10**6) == [range(6)]
-    assert cut_stretches(lengths, 100, tokens=1) == [range(1)]
-    firsts = np.concatenate([[0], np.cumsum(lengths)])
-    for stretch in cut_stretches(lengths, 1, tokens=10):
+    firsts = np.cumsum([0, 5, 9, 9, 1, 30, 2, 2, 2, 8, 9])
+    assert cut_stretches(firsts[::2], tokens=20) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    assert cut_stretches(firsts[::2], tokens=10**6) == [range(6)]
+    assert cut_stretches(firsts[:1], tokens=1) == [range(1)]
+    for stretch in cut_stretches(firsts, tokens=10):
         assert len({int(firsts[shard]) // 10 for shard in stretch}) == 1
 
 

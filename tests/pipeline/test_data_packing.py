@@ -1,6 +1,10 @@
 """Packing: nothing lost, nothing twice, nothing across documents, the right masks."""
 
+import errno
+import io
 import itertools
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +102,6 @@ def test_a_prompt_longer_than_a_window_masks_into_the_next() -> None:
     assert [mask for _, _, mask in spelled_out(dataset)] == [[0, 0, 0, 0], [0, 1, 1, 1], [0]]
 
 
-def test_best_fit_chooses_the_tightest_open_sequence() -> None:
-    dataset = pack(make_documents([6, 5, 4, 5]), PackSettings(max_seq_len=10))
-    assert [sorted(set(numbers)) for _, numbers, _ in spelled_out(dataset)] == [[0, 2], [1, 3]]
-
-
 def test_without_packing_every_window_has_its_own_sequence() -> None:
     dataset = pack(make_documents([2, 9, 3]), PackSettings(max_seq_len=4, pack=False))
     assert dataset.sequence_lengths().tolist() == [2, 4, 4, 1, 3]
@@ -119,11 +118,152 @@ def test_packing_fills_and_bounds_the_open_sequences() -> None:
 def test_spooled_tokens_are_the_same_and_leave_no_file(tmp_path: Path) -> None:
     documents = make_documents([5, 30, 7])
     in_memory = pack(documents, PackSettings(max_seq_len=8))
-    spooled = pack(documents, PackSettings(max_seq_len=8), spool_folder=tmp_path)
+    spooled = pack(documents, PackSettings(max_seq_len=8), spool_folder=tmp_path, memory_bytes=0)
     assert isinstance(spooled.token_ids, np.memmap)
     assert spelled_out(spooled) == spelled_out(in_memory)
     assert spooled.fingerprint() == in_memory.fingerprint()
     assert list(tmp_path.iterdir()) == []
+
+
+COLUMNS = (
+    "token_ids",
+    "sequence_windows",
+    "window_tokens",
+    "window_documents",
+    "window_masked",
+    "window_ends",
+    "document_sources",
+    "document_lines",
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(shapes=lengths_and_prompts, options=pack_settings, memory_bytes=st.integers(0, 300))
+def test_what_is_spooled_is_the_same(
+    shapes: list[tuple[int, int]], options: PackSettings, memory_bytes: int
+) -> None:
+    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    in_memory = pack(documents, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.packing._ROWS_AT_ONCE", 5)
+        spooled = pack(documents, options, memory_bytes=memory_bytes)
+    for name in COLUMNS:
+        one, two = getattr(in_memory, name), getattr(spooled, name)
+        assert not isinstance(one, np.memmap)
+        assert isinstance(two, np.memmap) == (one.nbytes > memory_bytes), name
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+    assert spelled_out(spooled) == spelled_out(in_memory)
+    assert (spooled.fingerprint(), spooled.num_targets) == (in_memory.fingerprint(), in_memory.num_targets)
+
+
+def packed_slowly(lengths: list[int], options: PackSettings) -> list[list[tuple[int, int]]]:
+    """(document, length) of the windows of every sequence, by looking at every open sequence every time."""
+    done: list[list[tuple[int, int]]] = []
+    open_ones: list[list[tuple[int, int]]] = []
+
+    def room(sequence: list[tuple[int, int]]) -> int:
+        return options.max_seq_len - sum(length for _, length in sequence)
+
+    for number, total in enumerate(lengths):
+        for start in range(0, total, options.max_seq_len):
+            length = min(options.max_seq_len, total - start)
+            best = min((s for s in open_ones if room(s) >= length), key=room, default=None)
+            if best is None:
+                if len(open_ones) >= options.open_bins:
+                    done.append(open_ones.pop(open_ones.index(min(open_ones, key=room))))
+                best = []
+                open_ones.append(best)
+            best.append((number, length))
+            if room(best) == 0 or not options.pack:
+                open_ones.remove(best)
+                done.append(best)
+    return done + open_ones
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=60), options=pack_settings)
+def test_windows_lie_where_the_slow_rule_puts_them(lengths: list[int], options: PackSettings) -> None:
+    dataset = pack(make_documents(lengths), options)
+    sizes = np.diff(dataset.window_tokens).tolist()
+    windows = list(zip(dataset.window_documents.tolist(), sizes, strict=True))
+    bounds = itertools.pairwise(dataset.sequence_windows.tolist())
+    assert [windows[start:stop] for start, stop in bounds] == packed_slowly(lengths, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (PackSettings(64), "0eb739a18b6e844bea2cf8c7155c1120c14984b8a9049da70c0c949b543800d2"),
+        (PackSettings(64, open_bins=3), "f83b8e86088c250e3a3dfa92ed3ecbc66ea1c305c81b61cb471fa3fc73061f89"),
+        (PackSettings(64, pack=False), "789efee3768caaace38cac0fa72e0a255d01dfcce5c8da7f2b0791886ca09055"),
+    ],
+)
+def test_fingerprints_of_much_text_are_pinned(options: PackSettings, expected: str) -> None:
+    rng = np.random.default_rng(5)
+
+    def documents() -> Iterator[TokenizedDocument]:
+        for number in range(3000):
+            length = int(rng.integers(1, 200))
+            token_ids = rng.integers(0, 49152, length, dtype=np.int32)
+            prompt = int(rng.integers(0, length + 1)) if number % 3 == 0 else 0
+            yield TokenizedDocument(token_ids, prompt, "a", number + 1)
+
+    dataset = pack(documents(), options, memory_bytes=10_000)
+    assert (dataset.num_targets, dataset.fingerprint()) == (247539, expected)
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    def documents(count: int) -> Iterator[TokenizedDocument]:
+        for number in range(count):
+            yield TokenizedDocument(np.arange(number % 40 + 2, dtype=np.int32), 0, "a", number)
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        dataset = pack(documents(count), PackSettings(max_seq_len=64), memory_bytes=1 << 16)
+        dataset.sample_sequences(5000)
+        total = dataset.tokens_in(range(dataset.num_sequences))
+        assert total == dataset.num_tokens > 20 * count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(15_000), peak(60_000)  # 1.3 and 5 MB of tokens, 0.5 and 2 MB of the rest
+    assert many < 1.1 * few + 50_000
+    assert many < 2 << 20
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 4000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
+    with pytest.raises(DataError, match=r"must have room .*: No space left on device after [1-9],\d+ bytes"):
+        pack(make_documents([300] * 9), PackSettings(), spool_folder=tmp_path, memory_bytes=1000)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"missing: must have room .*: No such file"):
+        pack(make_documents([9]), PackSettings(), spool_folder=tmp_path / "missing", memory_bytes=0)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shapes=lengths_and_prompts, options=pack_settings)
+def test_parts_are_counted_as_the_whole(shapes: list[tuple[int, int]], options: PackSettings) -> None:
+    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    dataset = pack(documents, options)
+    count = dataset.num_sequences
+    lengths = dataset.sequence_lengths()
+    masks = [dataset.sequence(n).loss_mask for n in range(count)]
+    assert [dataset.targets_in(n) for n in range(count)] == [int(mask.sum()) for mask in masks]
+    assert dataset.num_targets == sum(int(mask.sum()) for mask in masks)
+    firsts = np.cumsum([0, *lengths[:-1]])
+    np.testing.assert_array_equal(dataset.first_tokens(slice(None, None, 3)), firsts[::3])
+    some = np.arange(count)[::2]
+    np.testing.assert_array_equal(dataset.sequence_lengths(some), lengths[some])
+    for run in (range(count), range(0), range(count // 2, count), range(count // 3, count // 2)):
+        assert dataset.tokens_in(run) == lengths[run.start : run.stop].sum()
 
 
 def test_document_source_names_file_and_line() -> None:
