@@ -1,8 +1,9 @@
 """Models: loading, hidden states and logits of any mlx-lm model, saving, fingerprints.
 
 The only importer of mlx_lm, which takes seconds to import and is imported on first use. Loading costs the
-read of the weights and a few forward passes of 8 tokens that find and verify where the body ends and the
-head begins. On the CPU everything runs in float32: half-precision products are 30 to 60 times slower there.
+read of the weights and five forward passes of 8 to 36 tokens that find and verify where the body ends and
+the head begins. On the CPU everything runs in float32: half-precision products are 30 to 60 times slower
+there.
 """
 
 import json
@@ -90,15 +91,17 @@ def wrap_model(
         stored: types of its parameters on disk; their own if None.
 
     Raises:
-        ModelError: it cannot be called.
+        ModelError: it cannot be called, or is not causal.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     try:
         caches = [CacheKind(type(c).__name__, getattr(c, "max_size", None)) for c in make_prompt_cache(model)]
-        anatomy = examine(model, caches, dict(config))
+        anatomy = examine(model, caches, dict(config), source=source)
+    except ModelError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{source}: the model loads, but fails on 8 tokens ({error})") from error
+        raise ModelError(f"{source}: the model loads, but fails on a few tokens ({error})") from error
     stored = float_types(model) if stored is None else stored
     return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy, stored)
 

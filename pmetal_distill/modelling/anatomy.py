@@ -1,16 +1,14 @@
-"""Takes an mlx-lm model apart into body and head without knowing its class. Costs some passes of 8 tokens.
+"""Takes an mlx-lm model apart into body and head without knowing its class. Costs five short passes.
 
 mlx-lm's language models have the form `out = self.model(inputs, cache); return head(out)`. Here the module
 that holds the blocks is found by looking for the blocks; the body is run by calling the model with that
 module under a tap (the head that follows is never evaluated, MLX being lazy); the head is run by calling
 the model with that module replaced by one that returns given states. So soft-caps, scales and all else that
-a class does come along. Every claim is checked against the model's plain call, and what fails is left out
-with a note.
-
-The stand-ins live in shallow copies, made anew for every call: the model itself is never changed.
+a class does come along. Every claim is checked against the model's plain call, to within what `evidence`
+measures, and what fails is left out with a note.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,18 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pmetal_distill.modelling.documents import document_caches
+from pmetal_distill.modelling.evidence import FAILURES, Evidence, Probe, vocabulary
 from pmetal_distill.modelling.heads import LinearHead, find_linear_head
+from pmetal_distill.modelling.stand_ins import Given, Path, Tap, at, path_to_blocks, replaced, states_of
+from schemas.errors import ModelError
 
-Path = tuple[str, ...]
 Packing = Literal["batch", "rows", "none"]
 
-_FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _KV_CACHES = ("KVCache", "RotatingKVCache")
-_FIRST, _SECOND, _OTHER = (1, 2, 3), (4, 5, 6, 7, 8), (9, 10, 11)
-# Largest relative differences in float32 and in half precision: of the same products in other shapes, and of
-# attention through a mask instead of the causal kernel. A wrong mask changes rows by about their own size.
-_ROUNDING = (1e-4, 2e-2)
-_PACKED = (1e-3, 1e-1)
 
 _NO_SPLIT = "the head cannot be split off: the model's full call is used, and hidden states are not available"
 _NO_MATRIX = (
@@ -74,50 +68,6 @@ class Anatomy:
     notes: tuple[str, ...]
 
 
-class Tap:
-    """Is the body in every respect, and remembers what it returned."""
-
-    def __init__(self, body: Any) -> None:
-        self._body = body
-        self.output: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.output = self._body(*args, **kwargs)
-        return self.output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._body, name)
-
-
-class Given(Tap):
-    """Is the body in every respect, but returns states that are given."""
-
-    def __init__(self, body: Any, states: mx.array) -> None:
-        super().__init__(body)
-        self.output = states
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
-
-
-def replaced(module: nn.Module, path: Path, value: Any) -> nn.Module:
-    """A copy of `module` that shares everything with it but the entry at `path`."""
-    copy: nn.Module = type(module).__new__(type(module))
-    dict.update(copy, module)
-    copy.__dict__.update(module.__dict__)
-    key, *rest = path
-    dict.__setitem__(copy, key, replaced(module[key], tuple(rest), value) if rest else value)
-    return copy
-
-
-def at(module: nn.Module, path: Path) -> Any:
-    """The entry at `path`."""
-    found: Any = module
-    for key in path:
-        found = found[key]
-    return found
-
-
 def run_body(
     model: nn.Module,
     body: Path,
@@ -135,7 +85,7 @@ def run_body(
     tap = Tap(module)
     owner = at(model, body[:-1])
     replaced(owner, body[-1:], tap)(token_ids, cache=caches)
-    return _array(tap.output), {index: _array(block.output) for index, block in taps.items()}
+    return states_of(tap.output), {index: states_of(block.output) for index, block in taps.items()}
 
 
 def run_head(model: nn.Module, body: Path, hidden: mx.array) -> mx.array:
@@ -143,28 +93,27 @@ def run_head(model: nn.Module, body: Path, hidden: mx.array) -> mx.array:
     states = hidden.reshape(1, -1, hidden.shape[-1])
     owner = at(model, body[:-1])
     stand_in = Given(at(model, body), states)
-    logits = _array(replaced(owner, body[-1:], stand_in)(mx.zeros(states.shape[:2], mx.int32), cache=None))
+    logits = states_of(replaced(owner, body[-1:], stand_in)(mx.zeros(states.shape[:2], mx.int32), cache=None))
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
-def _array(output: Any) -> mx.array:
-    """A block may return more than its states; they come first."""
-    first = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(first, mx.array):
-        raise TypeError(f"expected hidden states, found {type(first).__name__}")
-    return first
+def examine(model: nn.Module, caches: Sequence[CacheKind], config: dict[str, Any], *, source: str) -> Anatomy:
+    """Finds body, blocks, head and packing of a model, and verifies each on a few tokens.
 
-
-def examine(model: nn.Module, caches: Sequence[CacheKind], config: dict[str, Any]) -> Anatomy:
-    """Finds body, blocks, head and packing of a model, and verifies each on a few tokens."""
-    tokens = mx.array([_SECOND], mx.int32)
+    Raises:
+        ModelError: it is not causal; `source` is what the message calls it.
+    """
+    probe = Probe.below(vocabulary(config))
+    tokens = probe.alone
     logits = model(tokens, cache=None)
     mx.eval(logits)
+    evidence = Evidence.of(model, probe, logits)
+    if not evidence.causal and not _drops_out(model):
+        raise _not_causal(source, evidence)
     windows = tuple(kind.max_size for kind in caches)
-    body, hidden = _find_body(model, tokens, logits)
-    blocks = None if body is None else _find_blocks(model, body, tokens, hidden)
-    head = None if body is None else _find_head(model, body, hidden, config)
-    packing = _find_packing(model, caches, windows)
+    body, blocks, hidden = _find_body(model, tokens, logits, evidence.tolerance)
+    head = None if body is None else _find_head(model, body, hidden, config, evidence.roundoff)
+    packing = _find_packing(model, caches, windows, probe, evidence)
     notes = [
         *([_NO_SPLIT] if body is None else []),
         *([_NO_MATRIX] if body is not None and head is None else []),
@@ -184,16 +133,23 @@ def examine(model: nn.Module, caches: Sequence[CacheKind], config: dict[str, Any
     )
 
 
-def _agree(found: mx.array, expected: mx.array, tolerances: tuple[float, float]) -> bool:
-    """Whether two sets of rows differ by little, in the mean square, against the spread of `expected`.
+def _drops_out(model: nn.Module) -> bool:
+    """Whether outputs are random, so that nothing can be said of them."""
+    return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in model.modules())
 
-    Args:
-        found, expected: [..., n].
-        tolerances: in float32, in half precision.
-    """
+
+def _not_causal(source: str, evidence: Evidence) -> ModelError:
+    return ModelError(
+        f"{source}: an output must not depend on later tokens, found that they change it by "
+        f"{evidence.drift:.1%} (rounding would by at most {evidence.largest_residual:.1%}); "
+        "give a causal language model, not an encoder"
+    )
+
+
+def _agree(found: mx.array, expected: mx.array, tolerance: float) -> bool:
+    """Whether two sets of rows [..., n] differ by little, in the mean square, against their spread."""
     if found.shape != expected.shape:
         return False
-    tolerance = tolerances[0] if expected.dtype == mx.float32 else tolerances[1]
     rows = expected.astype(mx.float32)
     spread = mx.square(rows - rows.mean(axis=-1, keepdims=True)).sum()
     return bool(mx.square(found.astype(mx.float32) - rows).sum() <= tolerance**2 * spread)
@@ -203,91 +159,76 @@ def _attempt(check: Callable[[], bool]) -> bool:
     """Whether a check holds; a model that does not take the call fails it in one of many ways."""
     try:
         return check()
-    except _FAILURES:
+    except FAILURES:
         return False
 
 
-def _find_body(model: nn.Module, tokens: mx.array, logits: mx.array) -> tuple[Path | None, mx.array]:
-    holder = path_to_blocks(model)
-    for end in range(len(holder or ()) - 1, 0, -1):
-        body, hidden = (holder or ())[:end], logits
-
-        def splits(body: Path = body) -> bool:
-            states, _ = run_body(model, body, None, tokens, None, ())
-            some = run_head(model, body, states[0, 1:4])
-            if states.shape == logits.shape and _agree(states, logits, _ROUNDING):
-                return False  # the head is inside
-            whole = run_head(model, body, states)
-            return _agree(whole, logits, _ROUNDING) and _agree(some, logits[0, 1:4], _ROUNDING)
-
-        if isinstance(at(model, body), nn.Module) and _attempt(splits):
-            hidden, _ = run_body(model, body, None, tokens, None, ())
-            return body, hidden
-    return None, logits
+def _find_body(
+    model: nn.Module, tokens: mx.array, logits: mx.array, tolerance: float
+) -> tuple[Path | None, Path | None, mx.array]:
+    """Paths to the body and from it to the blocks, and its states; (None, None, `logits`) without a body."""
+    holder = path_to_blocks(model) or ()
+    for end in range(len(holder) - 1, 0, -1):
+        body = holder[:end]
+        for blocks in (holder[end:], None) if isinstance(at(model, body), nn.Module) else ():
+            states = _split(model, body, blocks, tokens, logits, tolerance)
+            if states is not None:
+                return body, blocks, states
+    return None, None, logits
 
 
-def path_to_blocks(model: nn.Module) -> Path | None:
-    """Path to the list that holds `model.layers`."""
-    wanted = list(model.layers)
-    for path, value in _lists(model, ()):
-        if len(value) == len(wanted) and all(a is b for a, b in zip(value, wanted, strict=True)):
-            return path
-    return None
+def _split(
+    model: nn.Module, body: Path, blocks: Path | None, tokens: mx.array, logits: mx.array, tolerance: float
+) -> mx.array | None:
+    """The states of this body, if the head gives the logits of them, all at once and a few at a time."""
+    try:
+        states, found = run_body(model, body, blocks, tokens, None, (0, len(model.layers) - 1))
+        some = run_head(model, body, states[0, 1:4])
+        if states.shape == logits.shape and _agree(states, logits, tolerance):
+            return None  # the head is inside
+        whole = run_head(model, body, states)
+        fits = _agree(whole, logits, tolerance) and _agree(some, logits[0, 1:4], tolerance)
+    except FAILURES:
+        return None
+    return states if fits and all(block.ndim == 3 for block in found.values()) else None
 
 
-def _lists(module: nn.Module, prefix: Path) -> Iterator[tuple[Path, list[Any]]]:
-    for key, value in module.items():
-        if isinstance(value, list) and value and isinstance(value[0], nn.Module):
-            yield (*prefix, key), value
-        elif isinstance(value, nn.Module):
-            yield from _lists(value, (*prefix, key))
-
-
-def _find_blocks(model: nn.Module, body: Path, tokens: mx.array, hidden: mx.array) -> Path | None:
-    path = (path_to_blocks(model) or ())[len(body) :]
-    last = len(model.layers) - 1
-
-    def taps() -> bool:
-        final, blocks = run_body(model, body, path, tokens, None, (0, last))
-        return _agree(final, hidden, _ROUNDING) and all(states.ndim == 3 for states in blocks.values())
-
-    return path if _attempt(taps) else None
-
-
-def _find_head(model: nn.Module, body: Path, hidden: mx.array, config: dict[str, Any]) -> LinearHead | None:
+def _find_head(
+    model: nn.Module, body: Path, hidden: mx.array, config: dict[str, Any], roundoff: float
+) -> LinearHead | None:
     def logits_of(states: mx.array) -> mx.array:
         return run_head(model, body, states)
 
     states = hidden.reshape(-1, hidden.shape[-1])
-    tolerance = 1e-4 if hidden.dtype == mx.float32 else 2e-2
-    return find_linear_head(model, logits_of, states, config=config, tolerance=tolerance)
+    return find_linear_head(model, logits_of, states, config=config, roundoff=roundoff)
 
 
-def _find_packing(model: nn.Module, caches: Sequence[CacheKind], windows: tuple[int | None, ...]) -> Packing:
-    """Compares packed documents with each of them alone, and one document behind two different others."""
+def _find_packing(
+    model: nn.Module,
+    caches: Sequence[CacheKind],
+    windows: tuple[int | None, ...],
+    probe: Probe,
+    evidence: Evidence,
+) -> Packing:
+    """How packed documents give what each of them gives alone, whatever shares their sequence."""
     if any(kind.name not in _KV_CACHES for kind in caches):
         return "none"
-    first, second = (model(mx.array([ids], mx.int32), cache=None)[0] for ids in (_FIRST, _SECOND))
-    expected = mx.stack([mx.concatenate([first, second]), mx.concatenate([second, first])])
-    token_ids = mx.array([_FIRST + _SECOND, _SECOND + _FIRST, _OTHER + _SECOND], mx.int32)
-    short, long = len(_FIRST), len(_SECOND)
-    layouts = [[0] * short + [1] * long, [0] * long + [1] * short, [0] * short + [1] * long]
-    documents = mx.array(layouts, mx.int32)
+    for packing in ("batch", "rows"):
 
-    def keeps_apart(found: mx.array) -> bool:
-        leaks = not _agree(found[2, short:], found[0, short:], _ROUNDING)
-        return not leaks and _agree(found[:2], expected, _PACKED)
+        def keeps_apart(packing: Packing = packing) -> bool:
+            return evidence.keeps_apart(evidence.packed(run_packed(model, probe, windows, packing)))
 
-    def in_a_batch() -> bool:
-        return keeps_apart(model(token_ids, cache=document_caches(documents, windows)))
+        if _attempt(keeps_apart):
+            return packing
+    return "none"
 
-    def row_by_row() -> bool:
-        rows = [
-            model(token_ids[i : i + 1], cache=document_caches(documents[i], windows))
-            for i in range(len(layouts))
-        ]
-        return keeps_apart(mx.concatenate(rows))
 
-    if _attempt(in_a_batch):
-        return "batch"
-    return "rows" if _attempt(row_by_row) else "none"
+def run_packed(model: nn.Module, probe: Probe, windows: tuple[int | None, ...], packing: Packing) -> mx.array:
+    """Logits [3, 12, V] of the probe's rows, each document kept apart in this way."""
+    if packing == "batch":
+        logits: mx.array = model(probe.rows, cache=document_caches(probe.documents, windows))
+        return logits
+    rows = zip(probe.rows, probe.documents, strict=True)
+    return mx.concatenate(
+        [model(ids[None], cache=document_caches(documents, windows)) for ids, documents in rows]
+    )

@@ -88,7 +88,7 @@ def find_linear_head(
     hidden: mx.array,
     *,
     config: dict[str, Any],
-    tolerance: float,
+    roundoff: float,
 ) -> LinearHead | None:
     """Looks for the layer whose product, scaled and capped, is the model's head.
 
@@ -97,12 +97,15 @@ def find_linear_head(
         logits_of: the exact head, hidden states [n, d] -> logits [n, V].
         hidden: states to try it on, [n, d].
         config: the model's; numbers in it are tried as scales and soft-caps.
-        tolerance: largest relative error.
+        roundoff: largest relative error of one rounding in the type at hand.
 
     Returns:
         None if no layer fits.
     """
     vocab_size = logits_of(hidden).shape[-1]
+    # Half-way, in the logarithm, from one rounding to a quarter of the largest logit: 1e-4 in float32, 0.03
+    # in bfloat16. A product sums many roundings, and a wrong layer gives other logits altogether.
+    tolerance = math.sqrt(roundoff / 4)
     for path, module in _candidates(model, vocab_size=vocab_size, hidden_size=hidden.shape[-1]):
         fit = _fit(module, logits_of, hidden, config=config, tolerance=tolerance)
         if fit is not None:

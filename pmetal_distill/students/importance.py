@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from pmetal_distill.modelling.anatomy import Tap, at, replaced
+from pmetal_distill.modelling.stand_ins import Tap, at, replaced
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.students.width import down_projections, output_norms
 from schemas.errors import ModelError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from pmetal_distill.modelling.anatomy import path_to_blocks
+from pmetal_distill.modelling.stand_ins import path_to_blocks
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.precision import stored_weights
 from schemas.errors import ModelError
