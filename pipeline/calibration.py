@@ -85,6 +85,7 @@ class Calibrator:
 
     Attributes:
         forward_seconds: spent on forward passes whose states the main pass takes over.
+        sequences_read: numbers of those that were read last.
     """
 
     settings: CacheSettings
@@ -94,6 +95,7 @@ class Calibrator:
     console: Console
     hidden: HiddenSpec | None = None
     forward_seconds: float = 0.0
+    sequences_read: Sequence[int] = ()
     _hidden_basis: "HiddenBasis | None" = None
 
     def learn(self) -> "Coding | DriftMonitor":
@@ -172,6 +174,7 @@ class Calibrator:
         chosen = {starts[i] for i in np.linspace(0, len(starts) - 1, count).astype(int)}
         members = [n for n in sequences if self.runner.batch_of(n).start in chosen]
         total = self._num_targets(members)
+        self.sequences_read = members
         # Those of the stretch before may still be waiting for their turn.
         self.runner.keep_tokens = max(self.runner.keep_tokens, 2 * count * size)
         rows = yield from SampledRows.gathering(
@@ -195,9 +198,11 @@ class Calibrator:
         data = self.runner.dataset
         if KEEP_ALL_FACTOR * num_tokens >= data.num_targets:
             self.runner.keep_tokens = data.num_targets
+            self.sequences_read = range(data.num_sequences)
             found, total = self._all_kept(), data.num_targets
         else:
             chosen = data.sample_sequences(num_tokens, seed=self.settings.seed).tolist()
+            self.sequences_read = chosen
             found, total = self.runner.sample(chosen), self._num_targets(chosen)
         with self.console.progress("calibrating", total=total, unit="tokens") as progress:
 

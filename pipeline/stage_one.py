@@ -25,6 +25,7 @@ from pipeline.settings import CacheSettings
 from pipeline.stretches import Stretches
 from pipeline.teacher import TeacherRunner, TeacherStates
 from pmetal_distill.device import on_gpu
+from schemas.errors import NonFiniteError
 from schemas.hidden_spec import HiddenSpec
 from schemas.spec import TargetSpec
 
@@ -118,6 +119,7 @@ class StageOne:
     _runner: TeacherRunner = field(init=False)
     _calibrator: Calibrator = field(init=False)
     _learned: "Coding | DriftMonitor | None" = field(default=None, init=False)
+    _failed: Sequence[int] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         layers = self.hidden.layers if self.hidden else ()
@@ -127,17 +129,26 @@ class StageOne:
         )
 
     def learn(self) -> "Coding | DriftMonitor":
-        """Calibrates, once; needs no cache yet."""
+        """Calibrates, once; needs no cache yet.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the sample.
+        """
         if self._learned is None:
             started = time.perf_counter()
-            self._learned = self._calibrator.learn()
+            with self._naming_the_layer():
+                self._learned = self._calibrator.learn()
             # Forward passes whose states are kept are the main pass's.
             self.pass_seconds += self._calibrator.forward_seconds
             self.calibration_seconds += time.perf_counter() - started - self._calibrator.forward_seconds
         return self._learned
 
     def write_missing(self, writer: "CacheWriter") -> None:
-        """Writes every shard that nobody has committed."""
+        """Writes every shard that nobody has committed.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a row.
+        """
         from pmetal_distill.offline.background import BackgroundWriter
 
         missing = own_first(writer.missing_shards(), self.rank, self.world_size)
@@ -147,6 +158,7 @@ class StageOne:
         started = time.perf_counter()
         total = sum(self._num_tokens(shard) for shard in missing)
         with (
+            self._naming_the_layer(),
             self.console.progress("caching", total=total, unit="tokens") as progress,
             BackgroundWriter(writer) as out,
             in_order(beside=on_gpu()) as do,
@@ -171,6 +183,22 @@ class StageOne:
             "calibration_seconds": self.calibration_seconds,
             "tokens_per_second": self.tokens / max(self.pass_seconds, 1e-9),
         }
+
+    @contextmanager
+    def _naming_the_layer(self) -> Iterator[None]:
+        """Adds to an error where it comes from if that is float16; runs the teacher again for it.
+
+        On this thread, which is the one that uses MLX.
+        """
+        try:
+            yield
+        except NonFiniteError as error:
+            from pmetal_distill.modelling.overflow import overflow
+
+            layer = self._runner.first_overflow(self._failed or self._calibrator.sequences_read)
+            if layer is None:
+                raise
+            raise NonFiniteError(f"{error}; {overflow(layer)}") from error
 
     def _num_tokens(self, shard: int) -> int:
         return self.data.tokens_in(self._shard_range(shard))
@@ -214,10 +242,14 @@ class StageOne:
     ) -> None:
         if new:
             out.begin(batch.shard, batch.coding.sidecars, measured=batch.coding.measured)
-        for sequence in batch.sequences():
-            out.add(sequence)
-            self.tokens += len(sequence.token_ids)
-            progress.advance(len(sequence.token_ids))
+        try:
+            for sequence in batch.sequences():
+                out.add(sequence)
+                self.tokens += len(sequence.token_ids)
+                progress.advance(len(sequence.token_ids))
+        except NonFiniteError:
+            self._failed = batch.states.batch.sequences
+            raise
 
 
 def queue_batch(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.batching import TokenBatch, collate
+from pipeline.batching import TokenBatch, collate, token_batches
 from pipeline.data import PackedDataset
 
 if TYPE_CHECKING:
@@ -109,6 +109,17 @@ class TeacherRunner:
         for start in range(0, len(sequences), self.batch_size):
             numbers = [int(number) for number in sequences[start : start + self.batch_size]]
             yield self._forward(collate(self.dataset, numbers))
+
+    def first_overflow(self, sequences: Sequence[int]) -> int | None:
+        """The first layer that overflows in float16 on these sequences; None if none does."""
+        from pmetal_distill.host_inputs import to_device
+        from pmetal_distill.modelling.overflow import first_overflowing_layer
+
+        for batch in token_batches(self.dataset, sequences, batch_size=self.batch_size):
+            layer = first_overflowing_layer(self.model, to_device(batch.token_ids), batch.documents)
+            if layer is not None:
+                return layer
+        return None
 
     def forget_before(self, sequence: int) -> None:
         """Gives up kept states of batches that lie before a sequence."""

@@ -24,6 +24,7 @@ from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sh
 from pmetal_distill.home import cache_home
 from pmetal_distill.kernel_folder import kernel_folder
 from pmetal_distill.modelling.anatomy import CacheKind, examine
+from pmetal_distill.modelling.evidence import Probe, vocabulary
 from pmetal_distill.modelling.fingerprints import (
     chat_template_fingerprint,
     compare_tokenizers,
@@ -34,6 +35,7 @@ from pmetal_distill.modelling.fingerprints import (
 from pmetal_distill.modelling.folders import new_folder
 from pmetal_distill.modelling.heads import LinearHead
 from pmetal_distill.modelling.loaded import Hidden, LoadedModel
+from pmetal_distill.modelling.overflow import first_overflowing_layer, overflow
 from pmetal_distill.modelling.sharding import shard_model
 from pmetal_distill.precision import (
     TeacherType,
@@ -91,7 +93,7 @@ def wrap_model(
         stored: types of its parameters on disk; their own if None.
 
     Raises:
-        ModelError: it cannot be called, or is not causal.
+        ModelError: it cannot be called, or is not causal, or float16 is too narrow for it.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -103,7 +105,20 @@ def wrap_model(
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{source}: the model loads, but fails on a few tokens ({error})") from error
     stored = float_types(model) if stored is None else stored
-    return LoadedModel(model, tokenizer, dict(config), source, folder, anatomy, stored)
+    loaded = LoadedModel(model, tokenizer, dict(config), source, folder, anatomy, stored)
+    _require_range(loaded)
+    return loaded
+
+
+def _require_range(loaded: LoadedModel) -> None:
+    """A model that gives no numbers cannot be split either, so that others cost no pass."""
+    layer = (
+        None
+        if loaded.splits
+        else first_overflowing_layer(loaded, Probe.below(vocabulary(loaded.config)).alone)
+    )
+    if layer is not None:
+        raise ModelError(f"{loaded.source}: {overflow(layer)}")
 
 
 def load_model(

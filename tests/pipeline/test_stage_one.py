@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from pipeline.cache import in_background, run_cache
+from pipeline.cache import in_background, read_data, run_cache
 from pipeline.calibration import Calibrator
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
@@ -24,6 +24,7 @@ from pmetal_distill.models import load_model, model_fingerprint
 from pmetal_distill.offline import capture
 from pmetal_distill.offline.reader import LogitCache
 from schemas.errors import CacheError, NonFiniteError
+from tests.precision import near_the_edge
 
 SKETCH = {"tail": "sketch", "sketch_rank": 8, "sketch_step": 0.5, "calibration_tokens": 300}
 
@@ -101,6 +102,36 @@ def test_a_row_that_is_not_finite_is_named(
         with pytest.raises(NonFiniteError, match="sequence 8 position 3: logits must be finite"):
             run_cache(settings(tiny_teacher, text_file, tmp_path / "d"), Console(quiet=True))
     assert len(list((tmp_path / "d/commits").iterdir())) == 1
+
+
+@pytest.mark.parametrize("where", ["calibration", "main pass", "main pass of a GPU"])
+def test_a_float16_teacher_that_overflows_names_the_layer(
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    tokenizer = load_model(tiny_teacher).tokenizer
+    token = tokenizer.encode("print")[-1]
+    teacher = dataclasses.replace(near_the_edge(token, layer=2), tokenizer=tokenizer)
+    wanted = settings(tiny_teacher, text_file, tmp_path / "c")
+    data = read_data(wanted, teacher)
+    spared = next(n for n in range(data.num_sequences) if token not in data.sequence(n).token_ids)
+    if where != "calibration":
+        monkeypatch.setattr("pipeline.calibration.CODEBOOK_TOKENS", 8)
+        monkeypatch.setattr(
+            "pipeline.data.PackedDataset.sample_sequences", lambda *_, **__: np.array([spared])
+        )
+    if where.endswith("GPU"):
+        request.getfixturevalue("as_on_a_gpu")
+    row = "calibration row|capture row" if where == "calibration" else r"sequence \d+ position \d+"
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"(?s)^({row}).*; layer 2: float16 overflows \(max 65504\); use --dtype bfloat16$",
+    ):
+        run_cache(wanted, Console(quiet=True), teacher=teacher)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "pmetal_distill.models",
         "pmetal_distill.gguf",
         "pmetal_distill.modelling.anatomy",
+        "pmetal_distill.modelling.overflow",
         "pmetal_distill.modelling.gguf_format",
         "pmetal_distill.modelling.gguf_tokenizer",
         "pmetal_distill.modelling.heads",
