@@ -1,8 +1,9 @@
 """Training text: read it, turn it into tokens, pack the tokens into sequences.
 
-    load_documents(path) -> Document -> tokenize(...) -> TokenizedDocument -> pack(...) -> PackedDataset
+    load_documents(path) -> Document -> tokenize_all(...) -> TokenizedDocument -> pack(...) -> PackedDataset
 
-Every step streams. Only the packed tokens stay: about 4 bytes a token in memory, or none with a spool folder.
+Every step streams. Only the packed tokens stay, about 4 bytes each: in memory while they are few, else in
+files without a name.
 """
 
 from pipeline.data.documents import Document, FieldNames

@@ -84,7 +84,7 @@ class Column(Generic[T]):
         except OSError as error:
             place = self._folder or tempfile.gettempdir()
             raise DataError(
-                f"{place}: must have room for the tokens of the text, found: {error.strerror or error} after "
+                f"{place}: must take in the tokens of the text, found: {error.strerror or error} after "
                 f"{self._written:,} bytes; free some, or choose a folder on another disk (--out, else TMPDIR)"
             ) from error
         self._written += len(self._recent)

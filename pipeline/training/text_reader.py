@@ -1,7 +1,8 @@
 """Packed text, read as a cache of it would be: same row groups, same order, same padding, no targets.
 
 An online run and one from a cache of the same data therefore see the same batches, if the cache was made with
-the default shard size. Memory: the tokens, 4 bytes each.
+the default shard size. Memory: that of the packed text, which is bounded (`pipeline.data.packing`),
+and 8 bytes a sequence.
 """
 
 from dataclasses import dataclass, fields

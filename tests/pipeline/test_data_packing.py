@@ -241,10 +241,12 @@ def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return super().write(data)
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
-    with pytest.raises(DataError, match=r"must have room .*: No space left on device after [1-9],\d+ bytes"):
+    with pytest.raises(
+        DataError, match=r"must take in the tokens .*: No space left on device after [1-9],\d+ bytes"
+    ):
         pack(make_documents([300] * 9), PackSettings(), spool_folder=tmp_path, memory_bytes=1000)
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"missing: must have room .*: No such file"):
+    with pytest.raises(DataError, match=r"missing: must take in .*: No such file"):
         pack(make_documents([9]), PackSettings(), spool_folder=tmp_path / "missing", memory_bytes=0)
 
 

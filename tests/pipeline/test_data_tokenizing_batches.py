@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data import Document, TokenizedDocument, load_documents, tokenize, tokenize_all
 from pipeline.data import tokenizing_batches as batches
+from pipeline.demo_text import pydoc_topics
 from schemas.errors import DataError, PmetalError, UsageError
 from tests.pipeline.test_data_tokenizing import STRICT_TEMPLATE, TURNS
 from tests.tiny import SPECIAL_TOKENS, save_tokenizer
@@ -270,3 +271,24 @@ def test_documents_are_read_beside_the_caller(any_tokenizer: Any) -> None:
 
     assert len(list(tokenize_all(watched(), any_tokenizer))) == 2
     assert names == {"prefetch"}
+
+
+@pytest.mark.slow
+def test_a_real_tokenizer_gives_the_same_in_batches(real_teacher: Path) -> None:
+    """SmolLM2's, on all of Python's manual as text and as chats."""
+    tokenizer = load_tokenizer(real_teacher)
+    pages = [topic.text for topic in pydoc_topics()]
+    plain = texts(*pages)
+    chats = [
+        Document(
+            kind="messages",
+            source="b.jsonl",
+            line=number,
+            messages=({"role": "user", "content": page[:80]}, {"role": "assistant", "content": page[80:]}),
+        )
+        for number, page in enumerate(pages, 1)
+    ]
+    assert batches.batch_function(tokenizer) is not None
+    for documents, mask_prompt in ((plain, False), (chats, False), (chats, True)):
+        found = spelled_out(tokenize_all(documents, tokenizer, mask_prompt=mask_prompt))
+        assert found == one_by_one(documents, tokenizer, mask_prompt=mask_prompt)
