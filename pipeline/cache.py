@@ -20,7 +20,7 @@ from pipeline.data import FieldNames, PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.stage_one import StageOne
 from pipeline.text import TextAhead, pack_settings
-from schemas.errors import UsageError
+from schemas.errors import FingerprintError, UsageError
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import Dataset
 from schemas.spec import TargetSpec
@@ -102,6 +102,7 @@ def _fill(
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
 
+    require_same_type(settings, teacher)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
@@ -120,6 +121,25 @@ def _fill(
     if not world.leads:
         return {}
     return {**run.summary(), "reading_seconds": text.seconds, **describe_cache(settings.out)}
+
+
+def require_same_type(settings: CacheSettings, teacher: "LoadedModel") -> None:
+    """Refuses to go on with a cache in another type than it began with: rounding would differ inside it.
+
+    Raises:
+        FingerprintError: with both types.
+    """
+    from pmetal_distill.offline.store import DATASET
+
+    try:
+        began = json.loads((settings.out / DATASET).read_text(encoding="utf-8"))["meta"]["teacher_dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a new cache, one that does not say it, or one whose damage is told of where it is opened
+    if began != teacher.dtype:
+        raise FingerprintError(
+            f"dtype: must be {began}, in which the teacher computed when this cache began, found "
+            f"{teacher.dtype}; give --dtype {began}, or choose another --out"
+        )
 
 
 def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
