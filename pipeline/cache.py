@@ -87,6 +87,7 @@ def _run(
         with sharded_model(
             settings.teacher,
             world,
+            dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             on_tokenizer=text.start if world.leads else None,
         ) as share:
