@@ -84,9 +84,8 @@ def main() -> None:
             del student
             gc.collect()
             mx.clear_cache()
-    print(
-        f"\n{mx.device_info().get('device_name', mx.default_device())}, {args.steps} steps, {args.seeds} seeds"
-    )
+    device = mx.device_info().get("device_name", mx.default_device())
+    print(f"\n{device}, {args.steps} steps, {args.seeds} seeds")
     print(summary(rows))
 
 
