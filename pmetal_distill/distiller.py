@@ -130,7 +130,7 @@ class Distiller:
         self._collect(gradients)
         del gradients  # so that each goes when it has been applied
         new = (parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
-        if upcoming is not None and on_gpu() and isinstance(self.teacher, CachedTeacher):
+        if upcoming is not None and (self.compiles or on_gpu()) and isinstance(self.teacher, CachedTeacher):
             mx.async_eval(new)
             self._sent = upcoming, self._send(upcoming)
         mx.eval(new)
