@@ -1,6 +1,7 @@
 """What the host does in stage one while a GPU computes, without a GPU: tokens a second, CPU time by thread.
 
-    python benchmarks/host_side.py [--text FILE.jsonl] [--batches 40] [--shard 64] [--encoders N] [--keep FOLDER]
+    python benchmarks/host_side.py [--text FILE.jsonl] [--batches 40] [--shard 64] [--encoders N]
+        [--flush-ms 20] [--keep FOLDER]
 
 The real loop of `cache` (`StageOne`, `BackgroundWriter`, Parquet, flushes, commits) runs over results that
 were captured once: a batch of 16 sequences of 1,024 tokens of real text as SmolLM2-135M sees them, handed out
@@ -16,6 +17,8 @@ commit records: equal digests, equal bytes.
 import argparse
 import hashlib
 import json
+import os
+import resource
 import sys
 import tempfile
 import threading
@@ -160,19 +163,34 @@ def standing_in(bits: np.ndarray[Any, Any]) -> Iterator[Any]:
         yield teacher
 
 
+@contextmanager
+def slow_disk(seconds: float) -> Iterator[None]:
+    """Each flush to the medium takes so much longer."""
+    flush = os.fsync
+
+    def slowly(handle: int) -> None:
+        time.sleep(seconds)
+        flush(handle)
+
+    with patch.object(os, "fsync", slowly if seconds else flush):
+        yield
+
+
 @dataclass(slots=True)
 class Watch:
     """CPU seconds of the threads of this process by name, and how late a sleeper wakes."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    waits: dict[str, float] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    faults: list[int] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _before: dict[int, float] = field(default_factory=dict)
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watch":
-        self._before = {native: values[0] for native, _, values in _tasks()}
+        self._before = {native: seconds for native, _, seconds in _tasks()}
+        self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
         return self
@@ -181,6 +199,7 @@ class Watch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
     def _look(self) -> None:
         turn = 0
@@ -189,21 +208,21 @@ class Watch:
             time.sleep(0.001)
             self.late.append(time.perf_counter() - start - 0.001)
             turn += 1
-            for native, name, (run, wait) in _tasks() if turn % 10 == 0 else ():
-                key = f"{name} ({native})"
-                self.seconds[key] = run - self._before.get(native, 0.0)
-                self.waits[key] = wait
+            for native, name, seconds in _tasks() if turn % 10 == 0 else ():
+                if name != "native" or native not in self.names:
+                    self.names[native] = name
+                self.seconds[native] = seconds - self._before.get(native, 0.0)
 
 
-def _tasks() -> Iterator[tuple[int, str, tuple[float, float]]]:
-    """Thread number, name, and seconds on a core and waiting for one."""
+def _tasks() -> Iterator[tuple[int, str, float]]:
+    """Thread number, name, and seconds on a core."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     for task in Path("/proc/self/task").iterdir():
         try:
-            run, wait, _ = (task / "schedstat").read_text().split()
+            nanoseconds = (task / "schedstat").read_text().split()[0]
         except OSError:
             continue
-        yield int(task.name), names.get(int(task.name), "native"), (int(run) / 1e9, int(wait) / 1e9)
+        yield int(task.name), names.get(int(task.name), "native"), int(nanoseconds) / 1e9
 
 
 def measure(given: Captured, batches: int, folder: Path, *, shard: int, encoders: int | None) -> None:
@@ -244,13 +263,14 @@ def measure(given: Captured, batches: int, folder: Path, *, shard: int, encoders
 def report(watch: Watch, phases: dict[str, float], tokens: int) -> None:
     """The tables."""
     kinds: dict[str, list[float]] = defaultdict(list)
-    for name, seconds in watch.seconds.items():
-        kinds[name.split(" (")[0].rstrip("_0123456789")].append(1e6 * seconds / tokens)
+    for native, seconds in watch.seconds.items():
+        kinds[watch.names[native].rstrip("_0123456789")].append(1e6 * seconds / tokens)
     for kind, each in kinds.items():
         if max(each) >= 0.005:
             print(f"  {kind:12s} {len(each):2d} threads  {sum(each):7.3f} us/token  most {max(each):7.3f}")
     for name, took in sorted(phases.items()):
         print(f"    {name:44s} {took:7.3f} us/token")
+    print(f"  page faults  {(watch.faults[1] - watch.faults[0]) / tokens:.4f} a token")
     late = 1e6 * np.sort(watch.late)
     print("  late", *(f"{q:.0%} {np.quantile(late, q):,.0f} us" for q in (0.5, 0.9, 0.99)))
 
@@ -264,6 +284,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--shard", type=int, default=64)
     parser.add_argument("--encoders", type=int)
+    parser.add_argument("--flush-ms", type=float, default=0, help="what each flush takes more, as on slow disks")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +293,8 @@ def main() -> None:
         given = captured(options.text, kept)
         for name, batches in (("warm", 4), ("run", options.batches)):
             place = Path(folder) / name
-            measure(given, batches, place, shard=options.shard, encoders=options.encoders)
+            with slow_disk(options.flush_ms / 1e3):
+                measure(given, batches, place, shard=options.shard, encoders=options.encoders)
 
 
 if __name__ == "__main__":

@@ -217,8 +217,9 @@ class StageOne:
             out.begin(batch.shard, batch.coding.sidecars, measured=batch.coding.measured)
         for sequence in batch.sequences():
             out.add(sequence)
-            self.tokens += len(sequence.token_ids)
-            progress.advance(len(sequence.token_ids))
+        tokens = sum(batch.states.batch.lengths)
+        self.tokens += tokens
+        progress.advance(tokens)
 
 
 def queue_batch(
