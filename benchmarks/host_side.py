@@ -1,12 +1,12 @@
 """What the host does in stage one while a GPU computes, without a GPU: tokens a second, CPU time by thread.
 
-    python benchmarks/host_side.py [--text FILE.jsonl] [--batches 40] [--shard 64] [--encoders N]
+    python benchmarks/host_side.py --text FILE.jsonl [--batches 40] [--shard 64] [--encoders N]
         [--flush-ms 20] [--keep FOLDER]
 
 The real loop of `cache` (`StageOne`, `BackgroundWriter`, Parquet, flushes, commits) runs over results that
-were captured once: a batch of 16 sequences of 1,024 tokens of real text as SmolLM2-135M sees them, handed out
-again and again as if a GPU had just written them to the host, predictions taken off. Not in it: what MLX costs
-the main thread to queue the work. `--keep` keeps the captured batch for later runs.
+were captured once: 16 sequences of 1,024 tokens of real text as SmolLM2-135M sees them, handed out again and
+again as if a GPU had just written them to the host, predictions taken off. Not in it: what MLX costs the main
+thread to queue the work. `--keep` keeps the captured batch for later runs.
 
 Times are CPU time in microseconds a token: of each thread (`/proc/self/task`, so Linux only), and of the
 functions that matter on it. `late` is how much later than asked a thread that sleeps a millisecond gets the
@@ -280,11 +280,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", default="/work/texts/out/train.jsonl")
+    parser.add_argument(
+        "--text", required=True, help="JSONL with 16,384 tokens or more; the first 400 lines count"
+    )
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--shard", type=int, default=64)
     parser.add_argument("--encoders", type=int)
-    parser.add_argument("--flush-ms", type=float, default=0, help="what each flush takes more, as on slow disks")
+    parser.add_argument(
+        "--flush-ms", type=float, default=0, help="what each flush takes more, as on slow disks"
+    )
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -267,7 +267,7 @@ def _find_packing(model: nn.Module, caches: Sequence[CacheKind], windows: tuple[
     """Compares packed documents with each of them alone, and one document behind two different others."""
     if any(kind.name not in _KV_CACHES for kind in caches):
         return "none"
-    first, second = (model(mx.array([ids], mx.int32), cache=None)[0] for ids in (_FIRST, _SECOND))
+    first, second = (model(mx.array([ids], mx.int32), cache=None).squeeze(0) for ids in (_FIRST, _SECOND))
     expected = mx.stack([mx.concatenate([first, second]), mx.concatenate([second, first])])
     token_ids = mx.array([_FIRST + _SECOND, _SECOND + _FIRST, _OTHER + _SECOND], mx.int32)
     short, long = len(_FIRST), len(_SECOND)
@@ -283,7 +283,7 @@ def _find_packing(model: nn.Module, caches: Sequence[CacheKind], windows: tuple[
 
     def row_by_row() -> bool:
         rows = [
-            model(token_ids[i : i + 1], cache=document_caches(documents[i], windows))
+            model(token_ids[i : i + 1], cache=document_caches(documents[i : i + 1].squeeze(0), windows))
             for i in range(len(layouts))
         ]
         return keeps_apart(mx.concatenate(rows))

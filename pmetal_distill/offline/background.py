@@ -1,8 +1,8 @@
 """Writing shards on threads, so that a cache costs its teacher little more than the forward pass.
 
-Row groups are encoded by several threads and written by one; whole shards are flushed, read back and hashed by
-several and committed by one. Rows are written and shards committed in order, so bytes and commits are those of
-`CacheWriter.write_shard`. The threads use NumPy and Arrow only. Memory: `encoders` + 2 row groups of about
+Row groups are encoded by several threads and written by one; shards are flushed, read back and hashed by
+several and committed by one. Rows are written and shards committed in order, so bytes and commits are those
+of `CacheWriter.write_shard`. The threads use NumPy and Arrow only. Memory: `encoders` + 2 row groups of about
 4,096 tokens, and one for each thread that reads back, whatever the size of a shard; at most eight written
 shards wait on disk to be committed. CPU time by thread: `python benchmarks/host_side.py`.
 """
@@ -54,7 +54,7 @@ class BackgroundWriter:
     ) -> None:
         cores = os.cpu_count() or 2
         encoders = encoders or max(1, min(MOST_ENCODERS, cores // 2))
-        checkers = checkers or max(2, min(MOST_CHECKERS, cores // 4))
+        checkers = checkers or min(MOST_CHECKERS, max(2, cores // 4))
         self._writer = writer
         self._encoding = ThreadPoolExecutor(encoders, "encode")
         self._writing = ThreadPoolExecutor(1, "write")
