@@ -21,7 +21,8 @@ PHASES = {
     "main: judge stretches": "pmetal_distill.steps:Underway.step",
     "threads: encode": "pmetal_distill.offline.shard:ShardDraft.encode",
     "threads: write": "pmetal_distill.offline.shard:ShardDraft.write",
-    "threads: seal": "pmetal_distill.offline.writer:CacheWriter.commit",
+    "threads: flush and read back": "pmetal_distill.offline.shard:ShardDraft.finish",
+    "threads: commit, finishing if not yet done": "pmetal_distill.offline.writer:CacheWriter.commit",
     "threads: hash the weights": "pmetal_distill.models:folder_fingerprint",
     "start: read text": "pipeline.cache:read_data",
     "calibration: all": "pipeline.calibration:Calibrator.learn",
@@ -37,24 +38,30 @@ PHASES = {
 
 
 @contextmanager
-def timed() -> Iterator[dict[str, float]]:
-    """Seconds by phase of what runs inside the block; complete when it ends."""
+def timed(clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
+    """Seconds by phase of what runs inside the block; complete when it ends.
+
+    Args:
+        clock: what tells the seconds; `time.thread_time` for the CPU time of each thread.
+    """
     seconds: dict[str, float] = defaultdict(float)
     lock = threading.Lock()
     with ExitStack() as stack:
         for phase, target in PHASES.items():
-            stack.enter_context(_wrapped(target, _clock(phase, seconds, lock)))
+            stack.enter_context(_wrapped(target, _clock(phase, seconds, lock, clock)))
         yield seconds
 
 
-def _clock(phase: str, seconds: dict[str, float], lock: Any) -> Callable[[Any], Any]:
+def _clock(
+    phase: str, seconds: dict[str, float], lock: Any, clock: Callable[[], float]
+) -> Callable[[Any], Any]:
     def add(started: float) -> None:
         with lock:
-            seconds[phase] += time.perf_counter() - started
+            seconds[phase] += clock() - started
 
     def around(function: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = clock()
             try:
                 return function(*arguments, **named)
             finally:

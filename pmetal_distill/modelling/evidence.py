@@ -104,7 +104,7 @@ class Evidence:
     @classmethod
     def of(cls, model: nn.Module, probe: Probe, logits: mx.array) -> Self:
         """Two passes; `logits` [1, 8, V] are those of `probe.alone`."""
-        alone, plain = logits[0], model(probe.rows, cache=None)
+        alone, plain = logits.squeeze(0), model(probe.rows, cache=None)
         roundoff = unit_roundoff(model, logits)
         leak = median(differences(plain[:2, _SHORT:], alone))
         drift = median(differences(plain[2, :_LONG], alone))
@@ -112,7 +112,7 @@ class Evidence:
         noise = roundoff * math.sqrt(len(model.layers))
         shaken = _shaken(model, probe.alone, roundoff)
         if shaken is not None:
-            noise = max(noise, median(differences(shaken[0], alone)))
+            noise = max(noise, median(differences(shaken.squeeze(0), alone)))
         found = cls(roundoff, noise, leak, drift, alone)
         return replace(found, noise=max(noise, drift)) if found.causal else found
 

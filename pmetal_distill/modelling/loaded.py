@@ -170,7 +170,8 @@ class LoadedModel:
         numbers = to_device(documents) if isinstance(documents, np.ndarray) else documents
         if self.anatomy.packing == "batch":
             return [(token_ids, document_caches(numbers, windows))]
-        return [(token_ids[i : i + 1], document_caches(numbers[i], windows)) for i in range(len(token_ids))]
+        rows = [slice(i, i + 1) for i in range(len(token_ids))]
+        return [(token_ids[row], document_caches(numbers[row].squeeze(0), windows)) for row in rows]
 
 
 def _joined(parts: list[mx.array]) -> mx.array:
