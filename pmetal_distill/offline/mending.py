@@ -38,12 +38,18 @@ def mended(data: bytes, checksum: str) -> bytes | None:
     return None
 
 
+def dataset_of_record(data: bytes) -> str | None:
+    """The checksum of the dataset that a commit record belongs to; None for anything but a sound record."""
+    try:
+        fields = unseal(data, where="record", max_bytes=MAX_RECORD_BYTES)
+        return fields.text("dataset", pattern="[0-9a-f]{64}")
+    except CacheError:
+        return None
+
+
 def _dataset_of(path: Path) -> str | None:
     try:
-        data = read_plain(path, max_bytes=MAX_RECORD_BYTES)
-        return unseal(data, where=path.name, max_bytes=MAX_RECORD_BYTES).text(
-            "dataset", pattern="[0-9a-f]{64}"
-        )
+        return dataset_of_record(read_plain(path, max_bytes=MAX_RECORD_BYTES))
     except CacheError:
         return None
 
