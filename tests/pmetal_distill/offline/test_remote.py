@@ -265,6 +265,7 @@ class TestRetries:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         make_flaky(monkeypatch, 1)
+        monkeypatch.setattr(transfer, "AT_ONCE", 1)  # calls take turns at failing
         push(folder, f"file://{tmp_path}/there")
         assert verify_cache(tmp_path / "there").ok
 
