@@ -93,7 +93,7 @@ def _repair(root: Path, *, dry_run: bool, progress: Callable[[int, int], None] |
 def _renew_spare(root: Path) -> None:
     scratch = new_quarantine(root)
     if (root / SPARE).exists() or (root / SPARE).is_symlink():
-        (root / SPARE).rename(scratch / SPARE.replace("/", "-"))
+        (root / SPARE).rename(scratch / SPARE)
     replace_file(root / SPARE, (root / DATASET).read_bytes(), scratch)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from pmetal_distill.offline.commit import flush_folder, hash_stream, open_plain
-from pmetal_distill.offline.mending import dataset_of_record, recorded_checksum
+from pmetal_distill.offline.mending import dataset_of_record, recorded_checksum, replace_file
 from pmetal_distill.offline.mirror import Mirror
 from pmetal_distill.offline.remote import Listed, RemoteFolder
 from pmetal_distill.offline.store import DATASET, SPARE, Store
@@ -83,7 +83,6 @@ def push(cache: Path, url: str, *, progress: Progress = _nothing, told: Told | N
     _refuse_other_remote(remote, store)  # of two that were begun at once, one stops here or below
     sender.send_small(DATASET)
     _refuse_other_remote(remote, store)
-    sender.send_small(DATASET, as_path=SPARE)
     _together(partial(sender.send_small, f"commits/{store.record_path(shard).name}") for shard in shards)
     moved = [ref.num_bytes for new, ref in zip(sent, files.values(), strict=True) if new]
     return Transferred(len(moved) + 1 + len(shards), sum(moved), len(files) - len(moved), len(shards))
@@ -111,10 +110,10 @@ class _Sender:
         self.remote.upload(path, partial(self._counted, path, ref))
         return True
 
-    def send_small(self, path: str, *, as_path: str | None = None) -> None:
+    def send_small(self, path: str) -> None:
         """A record or the dataset, which has been read and is small, over what is there."""
         data = (self.cache / path).read_bytes()
-        self.remote.upload(as_path or path, partial(_once, data))
+        self.remote.upload(path, partial(_once, data))
 
     def _counted(self, path: str, ref: FileRef) -> Iterator[bytes]:
         """The bytes of a file, counted once however often they are sent, and hashed again as they go."""
@@ -289,5 +288,6 @@ def _publish(draft: Path, cache: Path) -> None:
     for path in sorted((draft / "commits").iterdir()):
         path.replace(cache / "commits" / path.name)
     flush_folder(cache / "commits")
+    replace_file(cache / SPARE, (cache / DATASET).read_bytes(), draft)
     flush_folder(cache)
     shutil.rmtree(draft)

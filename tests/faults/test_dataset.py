@@ -27,7 +27,7 @@ def test_one_byte_is_found_wherever_it_is(world: World) -> None:
     assert mended(data.replace(b"sha256:aaaa", b"sha256:bbaa"), checksum) is None
 
 
-SPARE = "commits/dataset.json"
+SPARE = ".dataset.json"
 
 
 def older(world: World, folder: Path) -> Path:

@@ -38,7 +38,7 @@ def test_a_complete_cache_has_the_promised_files_and_nothing_else(tmp_path):
     records = [store.record(i) for i in store.committed()]
     expected = {
         "dataset.json",
-        "commits/dataset.json",
+        ".dataset.json",
         *(f"tokenizer/{n}" for n in TOKENIZER),
         *(f"commits/{i:05d}.json" for i in range(5)),
     }
@@ -152,7 +152,7 @@ def test_wrong_sequences_are_refused_and_nothing_is_committed(tmp_path):
             writer.write_shard(0, good, **extra)
         assert writer.missing_shards() == [0, 1, 2, 3, 4]
     assert files_in(tmp_path / "c") == [
-        "commits/dataset.json",
+        ".dataset.json",
         "dataset.json",
         *(f"tokenizer/{n}" for n in sorted(TOKENIZER)),
     ]

@@ -142,7 +142,7 @@ def test_a_file_size_limit_is_a_clear_error_and_leaves_no_trace(tmp_path):
     done = subprocess.run(command, cwd=Path.cwd(), capture_output=True, text=True, check=False)
     assert "must be written in full, found [Errno 27] File too large; free space" in done.stderr
     assert files_in(tmp_path / "c") == [
-        "commits/dataset.json",
+        ".dataset.json",
         "dataset.json",
         *(f"tokenizer/{n}" for n in sorted(TOKENIZER)),
     ]
