@@ -1,10 +1,11 @@
 """Opening files that somebody else may have put there. Costs one more system call than `open`."""
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
@@ -18,3 +19,20 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
         os.close(handle)
         raise OSError(errno.EINVAL, "a folder, pipe or device", str(path))
     return os.fdopen(handle, "rb")
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, or something else; says which.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError("nothing" if not data else f"no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}")
+    return value

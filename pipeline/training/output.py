@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import to_plain
 from pipeline.settings import TrainSettings
 from pipeline.training.card import Use, model_card
+from pipeline.training.finished import CARD, MODEL
 from pipeline.training.student import adapter_spec
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
 
-MODEL, CARD = "model", "README.md"
 _OF_MLX_LM = (
     *("optimizer", "optimizer_config", "data", "seed", "batch_size", "iters", "val_batches", "learning_rate"),
     *("steps_per_report", "steps_per_eval", "resume_adapter_file", "save_every", "grad_checkpoint"),

@@ -38,6 +38,7 @@ def test_a_complete_cache_has_the_promised_files_and_nothing_else(tmp_path):
     records = [store.record(i) for i in store.committed()]
     expected = {
         "dataset.json",
+        ".dataset.json",
         *(f"tokenizer/{n}" for n in TOKENIZER),
         *(f"commits/{i:05d}.json" for i in range(5)),
     }
@@ -150,7 +151,11 @@ def test_wrong_sequences_are_refused_and_nothing_is_committed(tmp_path):
         with pytest.raises(NonFiniteError, match=r"\(sequence 3, token 1\): coordinates must be finite"):
             writer.write_shard(0, good, **extra)
         assert writer.missing_shards() == [0, 1, 2, 3, 4]
-    assert files_in(tmp_path / "c") == ["dataset.json", *(f"tokenizer/{n}" for n in sorted(TOKENIZER))]
+    assert files_in(tmp_path / "c") == [
+        ".dataset.json",
+        "dataset.json",
+        *(f"tokenizer/{n}" for n in sorted(TOKENIZER)),
+    ]
 
 
 def test_targets_of_the_trained_positions_alone_give_the_same_bytes(tmp_path):
