@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--tails", nargs="+", default=["sketch"])
     parser.add_argument("--bare-sequences", type=int, default=4096)
+    parser.add_argument("--out", type=Path, help="keep the caches there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -113,7 +114,7 @@ def main() -> None:
             settings = CacheSettings(
                 teacher=args.teacher,
                 data=args.data,
-                out=Path(scratch) / tail,
+                out=(args.out or Path(scratch)) / tail,
                 max_seq_len=args.max_seq_len,
                 batch_size=args.batch_size,
                 tail=tail,

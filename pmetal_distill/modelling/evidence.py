@@ -184,7 +184,7 @@ def differences(found: mx.array, expected: mx.array) -> mx.array:
 def median(rows: mx.array) -> float:
     """The middle one; NaN if any is."""
     ordered = mx.sort(rows)
-    return math.nan if bool(mx.isnan(rows).any()) else float(ordered[len(rows) // 2])
+    return math.nan if bool(mx.isnan(rows).any()) else float(ordered.tolist()[len(rows) // 2])
 
 
 def root_mean_square(rows: mx.array) -> float:
