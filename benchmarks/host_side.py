@@ -1,7 +1,6 @@
 """What the host does in stage one while a GPU computes, without a GPU: tokens a second, CPU time by thread.
 
-    python benchmarks/host_side.py --text FILE.jsonl [--batches 40] [--shard 64] [--encoders N]
-        [--flush-ms 20] [--keep FOLDER]
+    python benchmarks/host_side.py --text FILE.jsonl [--batches 40] [--shard 64] [--keep FOLDER]
 
 The real loop of `cache` (`StageOne`, `BackgroundWriter`, Parquet, flushes, commits) runs over results that
 were captured once: 16 sequences of 1,024 tokens of real text as SmolLM2-135M sees them, handed out again and
@@ -17,8 +16,6 @@ commit records: equal digests, equal bytes.
 import argparse
 import hashlib
 import json
-import os
-import resource
 import sys
 import tempfile
 import threading
@@ -50,7 +47,6 @@ from pipeline.settings import CacheSettings
 from pipeline.stage_one import StageOne
 from pipeline.teacher import TeacherRunner
 from pmetal_distill.models import load_model
-from pmetal_distill.offline.background import BackgroundWriter
 from pmetal_distill.offline.capture import PendingCapture, capture
 from pmetal_distill.offline.writer import CacheWriter, Sidecars
 from schemas.basis import SketchBasis
@@ -59,7 +55,7 @@ from schemas.manifest import FINGERPRINT_PARTS, Dataset
 from schemas.spec import TargetSpec
 
 QUIET = Console(quiet=True)
-BATCH, LENGTH, RANK, ROWS = 16, 1024, 256, 256
+BATCH, LENGTH, ROWS = 16, 1024, 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +77,6 @@ def settings(text: str, out: Path, *, shard: int = 64) -> CacheSettings:
         max_seq_len=LENGTH,
         batch_size=BATCH,
         calibration_tokens=4096,
-        sketch_rank=RANK,
         sequences_per_shard=shard,
     )
 
@@ -96,8 +91,7 @@ def captured(text: str, folder: Path) -> Captured:
     data, spec = read_data(found, teacher), target_spec(found, teacher.vocab_size)
     if not (folder / "bits.npy").exists():
         run = StageOne(found, teacher, data, spec, None, QUIET)
-        monitor: Any = run.learn()
-        known = monitor.calibration
+        known = run.learn().calibration  # type: ignore[union-attr]
         (folder / "basis").write_bytes(known.basis.to_bytes())
         (folder / "codebook").write_bytes(known.codebook.to_bytes())
         (states,) = TeacherRunner(teacher, data, BATCH).run(range(BATCH))
@@ -116,42 +110,26 @@ def captured(text: str, folder: Path) -> Captured:
 
 def repeated(data: PackedDataset, times: int) -> PackedDataset:
     """The first batch of a data set, over and over."""
-    windows, tokens = int(data.sequence_windows[BATCH]), 0
+    windows, again = int(data.sequence_windows[BATCH]), np.arange(times)[:, None]
     tokens = int(data.window_tokens[windows])
-    again = np.arange(times)[:, None]
 
     def starts(values: Any, step: int) -> Any:
         return np.append((values[:-1] + step * again).ravel(), step * times)
 
+    names = ("window_documents", "window_masked", "window_ends")
     return replace(
         data,
         token_ids=np.tile(data.token_ids[:tokens], times),
         sequence_windows=starts(data.sequence_windows[: BATCH + 1], windows),
         window_tokens=starts(data.window_tokens[: windows + 1], tokens),
-        **{
-            name: np.tile(getattr(data, name)[:windows], times)
-            for name in ("window_documents", "window_masked", "window_ends")
-        },
+        **{name: np.tile(getattr(data, name)[:windows], times) for name in names},
     )
-
-
-class Delivered:
-    """A `HostCopy` whose numbers are there."""
-
-    def __init__(self, bits: np.ndarray[Any, Any]) -> None:
-        self._bits = bits
-
-    def wait(self) -> None:
-        """Nothing is computed."""
-
-    def take(self) -> np.ndarray[Any, Any]:
-        """A copy, as from page-locked memory."""
-        return self._bits.copy()
 
 
 @contextmanager
 def standing_in(bits: np.ndarray[Any, Any]) -> Iterator[Any]:
     """A teacher that costs nothing, on a device that has the results at once."""
+    delivered = SimpleNamespace(wait=lambda: None, take=bits.copy)
     hidden = SimpleNamespace(final=mx.zeros((BATCH, LENGTH, 8)), layers={})
     teacher = SimpleNamespace(
         splits=True, vocab_size=49152, hidden=lambda *_, **__: hidden, logits=lambda states: states, head=None
@@ -159,21 +137,8 @@ def standing_in(bits: np.ndarray[Any, Any]) -> Iterator[Any]:
     with ExitStack() as stack:
         for module in ("pipeline.stage_one", "pmetal_distill.offline.capture"):
             stack.enter_context(patch(f"{module}.on_gpu", lambda: True))
-        stack.enter_context(patch.object(PendingCapture, "_queue", lambda _: Delivered(bits)))
+        stack.enter_context(patch.object(PendingCapture, "_queue", lambda _: delivered))
         yield teacher
-
-
-@contextmanager
-def slow_disk(seconds: float) -> Iterator[None]:
-    """Each flush to the medium takes so much longer."""
-    flush = os.fsync
-
-    def slowly(handle: int) -> None:
-        time.sleep(seconds)
-        flush(handle)
-
-    with patch.object(os, "fsync", slowly if seconds else flush):
-        yield
 
 
 @dataclass(slots=True)
@@ -182,36 +147,32 @@ class Watch:
 
     seconds: dict[int, float] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
-    faults: list[int] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _before: dict[int, float] = field(default_factory=dict)
-    _thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Watch":
-        self._before = {native: seconds for native, _, seconds in _tasks()}
-        self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-
-    def _look(self) -> None:
-        turn = 0
-        while not self._stop.is_set():
+    def look(self, stop: threading.Event) -> None:
+        """Until told to stop."""
+        before = {native: seconds for native, _, seconds in _tasks()}
+        while not stop.is_set():
             start = time.perf_counter()
             time.sleep(0.001)
             self.late.append(time.perf_counter() - start - 0.001)
-            turn += 1
-            for native, name, seconds in _tasks() if turn % 10 == 0 else ():
+            for native, name, seconds in _tasks() if len(self.late) % 10 == 0 else ():
                 if name != "native" or native not in self.names:
                     self.names[native] = name
-                self.seconds[native] = seconds - self._before.get(native, 0.0)
+                self.seconds[native] = seconds - before.get(native, 0.0)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """While the block runs."""
+    watch, stop = Watch(), threading.Event()
+    thread = threading.Thread(target=watch.look, args=(stop,), name="watch")
+    thread.start()
+    try:
+        yield watch
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _tasks() -> Iterator[tuple[int, str, float]]:
@@ -225,7 +186,7 @@ def _tasks() -> Iterator[tuple[int, str, float]]:
         yield int(task.name), names.get(int(task.name), "native"), int(nanoseconds) / 1e9
 
 
-def measure(given: Captured, batches: int, folder: Path, *, shard: int, encoders: int | None) -> None:
+def measure(given: Captured, batches: int, folder: Path, *, shard: int) -> None:
     """One run, and what it took."""
     data = repeated(given.data, batches)
     wanted = settings("unused", folder / "cache", shard=shard)
@@ -237,22 +198,17 @@ def measure(given: Captured, batches: int, folder: Path, *, shard: int, encoders
         sequences_per_shard=shard,
         max_sequence_length=LENGTH,
     )
-    writer_init = BackgroundWriter.__init__
     with ExitStack() as stack:
         teacher = stack.enter_context(standing_in(given.bits))
-        if encoders:
-            stack.enter_context(
-                patch.object(BackgroundWriter, "__init__", lambda s, w: writer_init(s, w, encoders=encoders))
-            )
         writer = stack.enter_context(CacheWriter.create_or_resume(wanted.out, dataset, {}))
         run = StageOne(wanted, teacher, data, given.spec, None, QUIET)
         run._learned = Coding(given.sidecars)
         phases = stack.enter_context(timed(time.thread_time))
-        watch = stack.enter_context(Watch())
+        watch = stack.enter_context(watching())
         run.write_missing(writer)
     found = run.summary()
-    print(f"tokens {found['new_tokens']:,}  tokens/s {found['tokens_per_second']:,.0f}", flush=True)
     tokens = found["new_tokens"]
+    print(f"tokens {tokens:,}  tokens/s {found['tokens_per_second']:,.0f}", flush=True)
     report(watch, {name: 1e6 * seconds / tokens for name, seconds in phases.items()}, tokens)
     digest = hashlib.sha256()
     for record in sorted((wanted.out / "commits").iterdir()):
@@ -270,25 +226,16 @@ def report(watch: Watch, phases: dict[str, float], tokens: int) -> None:
             print(f"  {kind:12s} {len(each):2d} threads  {sum(each):7.3f} us/token  most {max(each):7.3f}")
     for name, took in sorted(phases.items()):
         print(f"    {name:44s} {took:7.3f} us/token")
-    print(f"  page faults  {(watch.faults[1] - watch.faults[0]) / tokens:.4f} a token")
     late = 1e6 * np.sort(watch.late)
     print("  late", *(f"{q:.0%} {np.quantile(late, q):,.0f} us" for q in (0.5, 0.9, 0.99)))
 
 
 def main() -> None:
     """Makes the batch, runs twice, reports the second."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--text", required=True, help="JSONL with 16,384 tokens or more; the first 400 lines count"
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--text", required=True, help="JSONL; the first 400 lines count")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--shard", type=int, default=64)
-    parser.add_argument("--encoders", type=int)
-    parser.add_argument(
-        "--flush-ms", type=float, default=0, help="what each flush takes more, as on slow disks"
-    )
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -296,9 +243,7 @@ def main() -> None:
         kept.mkdir(parents=True, exist_ok=True)
         given = captured(options.text, kept)
         for name, batches in (("warm", 4), ("run", options.batches)):
-            place = Path(folder) / name
-            with slow_disk(options.flush_ms / 1e3):
-                measure(given, batches, place, shard=options.shard, encoders=options.encoders)
+            measure(given, batches, Path(folder) / name, shard=options.shard)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ PHASES = {
     "calibration: all": "pipeline.calibration:Calibrator.learn",
     "calibration: sample": "pipeline.calibration:Calibrator._sampled",
     "calibration: moments": "pmetal_distill.offline.calibrate:sum_moments",
-    "calibration: fit": "pmetal_distill.offline.calibrate:fit_sketch",
+    "calibration: fit": "pmetal_distill.offline.calibrate:fit_basis_linear",
     "calibration: capture": "pmetal_distill.offline.sample:Sample.captured",
     "calibration: codebook": "schemas.codebook:Codebook.fit",
     "calibration: predictor": "pmetal_distill.offline.calibrate:with_predictor",
     "calibration: margin": "pmetal_distill.offline.calibrate:with_best_margin",
-    "calibration and judge: measure": "pmetal_distill.offline.calibrate:measure",
+    "calibration and judge: write and read targets": "pmetal_distill.offline.calibrate:as_stored",
 }
 
 

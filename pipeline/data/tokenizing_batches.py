@@ -2,17 +2,20 @@
 
 The library `tokenizers` encodes a batch on all cores without the interpreter's lock. One thread reads and
 parses the next documents, a few have batches encoded and take the results apart, and whoever iterates gets
-the documents in order. Costs the batches on their way: about eight of `BATCH_CHARACTERS`, or of one document
-if that is longer. 0.9 us of one core a token (SmolLM2's tokenizer on prose) and 0.05 us of the interpreter's.
+the documents in order. Costs the batches on their way: about eight of `BATCH_CHARACTERS` (more with more
+than four cores), or of one document if that is longer. 0.9 us of one core a token (SmolLM2's tokenizer on
+prose) and 0.05 us of the interpreter's.
 
 A tokenizer that is not known to do the same in batches, and a document that a batch cannot be made with, go
 through `tokenize` itself.
 """
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +33,9 @@ from pipeline.data.tokenizing import (
 )
 
 BATCH_CHARACTERS = 1 << 19
+CORE_CHARACTERS = 1 << 17  # with more cores, more at once: a batch ends when its longest document does
 BATCH_DOCUMENTS = 4096
+SWITCH_SECONDS = 0.0005  # of the interpreter's lock, which others wait for ten times as long otherwise
 READ_BATCHES = 2
 ENCODED_BATCHES = 4
 ENCODING_THREADS = 3
@@ -74,6 +79,7 @@ def tokenize_batches(
         return
     work = _BatchTokenizer(tokenizer, encode, mask_prompt)
     with (
+        _switching(),
         closing(Prefetch(_batches(documents), most=READ_BATCHES)) as read,
         ThreadPoolExecutor(ENCODING_THREADS, "tokenize") as pool,
         closing(_ahead(work, read, pool)) as tokenized,
@@ -82,6 +88,17 @@ def tokenize_batches(
             yield done.documents
             if done.error is not None:
                 raise done.error
+
+
+@contextmanager
+def _switching() -> Iterator[None]:
+    """Threads hand the interpreter on soon, for those that encode need it for moments only."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def batch_function(tokenizer: Tokenizer) -> Callable[..., Sequence[Any]] | None:
@@ -108,12 +125,12 @@ def batch_function(tokenizer: Tokenizer) -> Callable[..., Sequence[Any]] | None:
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in lists of bounded size; those before an error come before it."""
     batch: list[Document] = []
-    characters = 0
+    characters, most = 0, max(BATCH_CHARACTERS, CORE_CHARACTERS * (os.cpu_count() or 1))
     try:
         for document in documents:
             batch.append(document)
             characters += _characters(document)
-            if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            if len(batch) >= BATCH_DOCUMENTS or characters >= most:
                 yield batch
                 batch, characters = [], 0
     except Exception:

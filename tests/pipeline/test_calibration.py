@@ -160,7 +160,7 @@ class Recorder:
         return f"coding {stretch.start}"
 
 
-def test_the_next_stretch_is_judged_in_the_second_half_of_this_one() -> None:
+def test_the_next_stretch_is_judged_from_the_start_of_this_one() -> None:
     made: Any = Recorder([range(4), range(4, 6), range(6, 7)], pauses=2)
     stretches, shards = Stretches(made, None, range(7)), [0, 1, 2, 3, 4, 6]
     said = []
@@ -171,7 +171,7 @@ def test_the_next_stretch_is_judged_in_the_second_half_of_this_one() -> None:
         said, made.said = said + made.said, []
     assert said == [
         *["forget before 0", "0: step 0", "0: step 1", "0: done", "shard 0 coding 0"],
-        *["shard 1 coding 0", "4: step 0", "4: step 1", "shard 2 coding 0", "4: done", "shard 3 coding 0"],
+        *["4: step 0", "4: step 1", "shard 1 coding 0", "4: done", "shard 2 coding 0", "shard 3 coding 0"],
         *["forget before 4", "shard 4 coding 4", "6: step 0", "6: step 1"],
         *["forget before 6", "6: done", "shard 6 coding 6"],
     ]
