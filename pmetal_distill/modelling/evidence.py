@@ -13,7 +13,7 @@ counts: real models have tokens at which an output tips over, so that the least 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,7 +184,7 @@ def differences(found: mx.array, expected: mx.array) -> mx.array:
 def median(rows: mx.array) -> float:
     """The middle one; NaN if any is."""
     ordered = mx.sort(rows)
-    return math.nan if bool(mx.isnan(rows).any()) else float(ordered.tolist()[len(rows) // 2])
+    return math.nan if bool(mx.isnan(rows).any()) else cast(list[float], ordered.tolist())[len(rows) // 2]
 
 
 def root_mean_square(rows: mx.array) -> float:

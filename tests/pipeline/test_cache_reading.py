@@ -105,6 +105,7 @@ def test_tokens_that_wait_for_the_teacher_are_bounded(
     monkeypatch.setattr("pipeline.text.load_documents", many)
     monkeypatch.setattr("pipeline.text.WAITING_BYTES", 4000)
     monkeypatch.setattr("pipeline.data.tokenizing_batches.BATCH_CHARACTERS", 600)
+    monkeypatch.setattr("pipeline.data.tokenizing_batches.CORE_CHARACTERS", 1)
     text = TextAhead("any", split="train")
     try:
         text.start(load_tokenizer(tiny_teacher))

@@ -61,6 +61,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", 60)
+    monkeypatch.setattr(batches, "CORE_CHARACTERS", 1)
 
 
 def texts(*found: str) -> list[Document]:
@@ -107,6 +108,7 @@ def test_batches_give_the_same_tokens(
 ) -> None:
     expected = one_by_one(documents, tokenizer)
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", size)
+    monkeypatch.setattr(batches, "CORE_CHARACTERS", 1)
     monkeypatch.setattr(batches, "tokenize", lambda *_, **__: pytest.fail("one by one"))
     assert spelled_out(tokenize_all(iter(documents), tokenizer)) == expected
 
