@@ -38,8 +38,9 @@ class _Shard:
 class BackgroundWriter:
     """Takes the sequences of shard after shard, and commits the shards. Use as a context manager.
 
-    Leaving the context waits until all is committed. Leaving it by an exception drops the shard at hand and
-    what waits to be written; what was committed stays. An error on a thread stops all behind it and is raised
+    Leaving the context waits until all is committed. Leaving it by an error drops the shard at hand, whose
+    sequences are not all there; the shards before it are committed. An interrupt drops what waits to be
+    written too: whoever asks for an end does not wait for it. What was committed stays. An error on a thread stops all behind it and is raised
     by the next call, or on leaving; the shards before it are committed.
 
     Args:
@@ -170,9 +171,10 @@ class BackgroundWriter:
             raise self._error
 
     def _stop(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._fail(error)
-        self._encoding.shutdown(cancel_futures=error is not None)
+        interrupted = error is not None and not isinstance(error, Exception)
+        if interrupted:
+            self._fail(error)  # type: ignore[arg-type]
+        self._encoding.shutdown(cancel_futures=interrupted)
         self._writing.shutdown()
         self._checking.shutdown()
         self._sealing.shutdown()
