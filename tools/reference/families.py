@@ -14,11 +14,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "pmetal_distill.kernels",
         "pmetal_distill.modelling.folders",
     ),
-    "Text": ("pipeline.data", "pipeline.demo_text", "pipeline.text"),
+    "Text": ("pipeline.data", "pipeline.demo_text", "pipeline.text", "pmetal_distill.plain_files"),
     "Models and tokenizers": (
         "pmetal_distill.models",
         "pmetal_distill.gguf",
         "pmetal_distill.modelling.anatomy",
+        "pmetal_distill.modelling.configs",
         "pmetal_distill.modelling.gguf_format",
         "pmetal_distill.modelling.gguf_tokenizer",
         "pmetal_distill.modelling.heads",
