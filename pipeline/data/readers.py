@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.documents import Document, FieldNames, place, to_document
-from pipeline.data.lines import read_json_lines
+from pipeline.data.lines import MAX_LINE_BYTES, read_json_lines
+from pmetal_distill.plain_files import check_lengths, is_device
 from schemas.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
@@ -48,6 +49,8 @@ def data_files(path: str | Path, *, split: str = "train") -> tuple[Path, ...]:
     if split not in SPLITS:
         raise DataError(f"split: must be one of {', '.join(SPLITS)}, found '{split}'; choose one of them")
     root = Path(path)
+    if is_device(root):
+        raise DataError(f"{root}: must be a file or folder, found a pipe or device; write it to a file first")
     if not root.exists():
         raise DataError(
             f"{root}: must be a file or folder of training text, found nothing there; check the path "
@@ -201,6 +204,7 @@ def _read_parquet(file: Path, fields: FieldNames) -> Iterator[Document]:
                 return
             for record in records:
                 row += 1
+                check_lengths(record, where=place(str(file), row), most=MAX_LINE_BYTES)
                 yield to_document(_without_nulls(record, fields), source=str(file), line=row, fields=fields)
 
 

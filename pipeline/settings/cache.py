@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pipeline.settings.checks import check, check_layers, check_whole, check_whole_or_none, described
+from pipeline.settings.checks import (
+    MOST_SEED,
+    check,
+    check_layers,
+    check_whole,
+    check_whole_or_none,
+    described,
+)
 from schemas.spec import Tail
 
 
@@ -95,7 +102,8 @@ class CacheSettings:
         check_whole(self, "max_seq_len", least=2)
         check_whole(self, "batch_size top_k sketch_rank sequences_per_shard")
         check_whole_or_none(self, "head_chunk")
-        check_whole(self, "seed hidden_rank", least=0)
+        check_whole(self, "hidden_rank", least=0)
+        check_whole(self, "seed", least=0, most=MOST_SEED)
         check(1 <= self.zstd_level <= 22, "zstd_level", "from 1 to 22", self.zstd_level)
         check(0 < self.sketch_step < math.inf, "sketch_step", "a positive number", self.sketch_step)
         check_layers("hidden_layers", self.hidden_layers)

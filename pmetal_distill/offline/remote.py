@@ -32,7 +32,7 @@ _ETAG = re.compile(r'"?([0-9a-f]{32})(?:-([1-9][0-9]{0,4}))?"?')
 _REFUSED = re.compile(
     "ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|"
     "SignatureDoesNotMatch|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN|ExpiredToken|UNRECOGNIZED_CLIENT|"
-    "MISSING_AUTHENTICATION_TOKEN|HTTP status 40[13]|NO_SUCH_BUCKET|NoSuchBucket|"
+    "MISSING_AUTHENTICATION_TOKEN|InvalidBucketName|HTTP status 40[13]|NO_SUCH_BUCKET|NoSuchBucket|"
     "bucket does not exist|Bucket '[^']*' not found"
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
