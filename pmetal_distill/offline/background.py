@@ -40,8 +40,9 @@ class BackgroundWriter:
 
     Leaving the context waits until all is committed. Leaving it by an error drops the shard at hand, whose
     sequences are not all there; the shards before it are committed. An interrupt drops what waits to be
-    written too: whoever asks for an end does not wait for it. What was committed stays. An error on a thread stops all behind it and is raised
-    by the next call, or on leaving; the shards before it are committed.
+    written too: whoever asks for an end does not wait for it. What was committed stays. An error on a
+    thread stops all behind it and is raised by the next call, or on leaving; the shards before it are
+    committed.
 
     Args:
         writer: of the cache; not to be used by anyone else meanwhile.
