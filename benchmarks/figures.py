@@ -33,7 +33,7 @@ FAMILIES: dict[str, Callable[[str], bool]] = {
     "gmlx": lambda name: name.startswith("gmlx"),
     "DistillKit": lambda name: name.startswith("DistillKit") and name.endswith("bucket"),
     "JSON lines": lambda name: name.startswith("vLLM") and name.endswith("bucket"),
-    "mlx-lm DWQ": lambda name: name.startswith("mlx-lm"),
+    "mlx-lm DWQ": lambda name: name.startswith("mlx-lm") and not name.endswith("in its loss"),
     "mlx-kld": lambda name: name.startswith("mlx-kld"),
     "dense float16": lambda name: name.startswith("dense"),
 }

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pmetal_distill.parallel import World
 
 ROWS_PER_GROUP = 4096
+# On disk, of real text (`benchmarks/peers.py`): 62.8 with rank 256, and 138.9 with a bucket of 64 entries.
+SKETCH_BYTES, BUCKET_BYTES_AN_ENTRY = 63.0, 2.2
 
 
 def run_cache(
@@ -111,6 +113,8 @@ def _fill(
     data = read_data(settings, teacher, text)
     check_rank(settings, teacher)
     console.note(_size(data))
+    if hint := sidecar_hint(settings, teacher.vocab_size, data.num_tokens):
+        console.note(hint)
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():
         run.learn()
@@ -159,6 +163,27 @@ def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
 def _size(data: PackedDataset) -> str:
     sequences = f"{data.num_sequences:,} sequences ({data.fill_rate:.0%} full)"
     return f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {sequences}"
+
+
+def sidecar_hint(settings: CacheSettings, vocab_size: int, num_tokens: int) -> str | None:
+    """What to say of a sketch whose basis outweighs what it saves on this text; None where it pays.
+
+    Beside it stands a bucket of four times the head, which needs no basis and is less exact all the same
+    (`benchmarks/peers.py`: 0.222 against 0.046 at T = 2).
+    """
+    if settings.tail != "sketch":
+        return None
+    sidecar = vocab_size * (2 * settings.sketch_rank + 4)
+    bucket_k = min(4 * settings.top_k, vocab_size - 1)
+    saved = BUCKET_BYTES_AN_ENTRY * bucket_k - SKETCH_BYTES
+    if saved <= 0 or sidecar <= saved * num_tokens:
+        return None
+    return (
+        f"the basis of a sketch weighs {sidecar / 1e6:.3g} MB, {sidecar / num_tokens:,.0f} bytes for each of "
+        f"these {num_tokens:,} tokens; '--tail bucket --top-k {bucket_k}' has none, takes about "
+        f"{BUCKET_BYTES_AN_ENTRY * bucket_k:.0f} bytes a token and is less exact at T > 1; a sketch is the "
+        f"smaller one from about {float(f'{sidecar / saved:.2g}'):,.0f} tokens on"
+    )
 
 
 def _load_teacher(settings: CacheSettings, console: Console, text: TextAhead) -> "LoadedModel":
@@ -329,20 +354,19 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 def describe_cache(folder: Path) -> dict[str, Any]:
     """Size and cost of a complete cache."""
+    from pipeline.inspection import error_by_stretch, size_of
     from pmetal_distill.offline.reader import LogitCache
 
     cache = LogitCache(folder, verify_hashes="never")
     by_column = cache.bytes_per_token()
-    on_disk = sum(size for name, size in by_column.items() if name not in ("sidecars", "hidden"))
     return {
         "cache": str(folder),
         "sequences": cache.num_sequences,
         "tokens": cache.num_tokens,
         "trained_tokens": cache.num_trained_tokens,
-        "bytes_per_token": on_disk,
         "hidden_bytes_per_token": by_column["hidden"],
-        "sidecar_bytes": round(by_column["sidecars"] * cache.num_tokens),
-        "compression": 2 * cache.dataset.target.vocab_size / on_disk,
+        **size_of(cache, by_column),
+        "stretches": error_by_stretch(cache),
     }
 
 

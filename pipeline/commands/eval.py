@@ -35,7 +35,7 @@ from schemas.errors import UsageError
     "--head-chunk", type=int, help="Positions whose logits exist at once; by the device if not given."
 )
 @click.option("--max-tokens", type=int, help="Stop behind so many tokens.")
-@click.option("--mask-prompt", is_flag=True, help="Leave prompts out.")
+@click.option("--mask-prompt", is_flag=True, help="Compare on answers only.")
 @click.option("--tasks", help="Tasks of the lm-evaluation-harness to run too: a,b (pip install lm-eval).")
 @click.option("--limit", type=int, help="Examples a task.")
 @dtype_option("both models compute")

@@ -19,16 +19,18 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.answers import Span, answer_spans, pieces, token_spans
 from pipeline.data.documents import Document
 from pipeline.data.prefetch import Prefetch
 from pipeline.data.tokenizing import (
     TokenizedDocument,
     Tokenizer,
     check_chat,
-    conversations,
     end_of_text,
     finish_chat,
     finish_text,
+    marks_answers,
+    renderer,
     tokenize,
 )
 
@@ -174,10 +176,19 @@ class _BatchTokenizer:
                     assert eos is not None
                     found.append(finish_text(document, ids[0], eos=eos))
                 else:
-                    found.append(finish_chat(document, ids))
+                    found.append(self._chat(document, ids))
             except Exception as error:  # noqa: BLE001 - raised where the documents are taken
                 return _Tokenized(found, error)
         return _Tokenized(found)
+
+    def _chat(self, document: Document, ids: list[list[int]]) -> TokenizedDocument:
+        whole, *parts = ids
+        answers: list[Span] | None = None
+        if self.mask_prompt and whole:
+            answers = token_spans(whole, parts)
+            if answers is None:  # a token reaches from the prompt into the answer
+                return tokenize(document, self.tokenizer, mask_prompt=True)
+        return finish_chat(document, whole, answers)
 
     def _rendered(self, document: Document) -> list[str] | None:
         """The texts to encode; None where only `tokenize` can say what is wrong."""
@@ -186,14 +197,15 @@ class _BatchTokenizer:
                 end_of_text(document, self.tokenizer, mask_prompt=self.mask_prompt)
                 return [document.text]
             check_chat(document, self.tokenizer)
-            apply = self.tokenizer.apply_chat_template
-            texts = [
-                apply(one.messages, return_dict=False, tokenize=False, **one.options)
-                for one in conversations(document, mask_prompt=self.mask_prompt)
-            ]
+            render = renderer(document, self.tokenizer)
+            whole = render(list(document.messages))
+            if not self.mask_prompt:
+                return [whole]
+            if marks_answers(self.tokenizer):
+                return None
+            return [whole, *pieces(whole, answer_spans(document, whole, render))]
         except Exception:  # noqa: BLE001 - templates are programs of strangers
             return None
-        return texts if all(type(text) is str for text in texts) else None
 
     def _encoded(
         self, batch: list[Document], rendered: list[list[str] | None]

@@ -73,7 +73,7 @@ class CacheSettings:
         default=0,
         metadata=described("Keep only so many PCA coordinates of each hidden state; 0 keeps all of it."),
     )
-    mask_prompt: bool = field(default=False, metadata=described("Leave prompts out of the training."))
+    mask_prompt: bool = field(default=False, metadata=described("Train on the assistant's messages only."))
     pack: bool = field(default=True, metadata=described("Put several short documents into a sequence."))
     text_feature: str = field(default="text", metadata=described("Column that holds plain text."))
     prompt_feature: str = field(default="prompt", metadata=described("Column that holds prompts."))

@@ -113,7 +113,7 @@ class TrainSettings:
         metadata=described("Most tokens in a sequence, with a live teacher.", aliases=("max_seq_length",)),
     )
     mask_prompt: bool = field(
-        default=False, metadata=described("Leave prompts out of the training, with a live teacher.")
+        default=False, metadata=described("Train on the assistant's messages only, with a live teacher.")
     )
     fine_tune_type: Literal["full", "lora", "dora"] = field(
         default="full", metadata=described("Train all weights, or low-rank adapters.")

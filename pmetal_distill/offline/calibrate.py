@@ -256,9 +256,19 @@ class DriftMonitor:
     factor: float = DRIFT_FACTOR
     temperature: float = 2.0
 
+    def drift(self, error: Mapping[float, TargetError]) -> float:
+        """How many times the calibration's KL these errors' is."""
+        return self._kl(error) / max(self._kl(self.calibration.error), 1e-30)
+
     def drifted(self, error: Mapping[float, TargetError]) -> bool:
         """Whether these errors are out of bounds."""
-        return self._kl(error) > self.factor * self._kl(self.calibration.error)
+        return self.drift(error) > self.factor
+
+    def errors(self, held_back: Sample) -> Steps[dict[float, TargetError]]:
+        """Errors of the calibration that there is, on tokens of other text; in steps."""
+        known = self.calibration
+        codec = Codec(known.spec, known.basis, known.codebook)
+        return (yield from measuring(held_back, codec, known.map, tail=known.tail))
 
     def choose(self, sample: Sample, held_back: Sample) -> Calibration:
         """The calibration for a stretch: the one there is with this stretch's errors, or a new one.
@@ -270,10 +280,8 @@ class DriftMonitor:
 
     def choosing(self, sample: Sample, held_back: Sample) -> Steps[Calibration]:
         """`choose` in steps."""
-        known = self.calibration
-        codec = Codec(known.spec, known.basis, known.codebook)
-        error = yield from measuring(held_back, codec, known.map, tail=known.tail)
-        kept = replace(known, error=error)
+        error = yield from self.errors(held_back)
+        kept = replace(self.calibration, error=error)
         if not self.drifted(error):
             return kept
         new = yield from self._refitting(sample, held_back)

@@ -137,7 +137,7 @@ def test_the_summary_has_the_time_of_the_whole_command(
     assert found["seconds"] + 0.3 < found["wall_seconds"] <= elapsed
     assert found["wall_tokens_per_second"] == pytest.approx(found["new_tokens"] / found["wall_seconds"])
     assert 0 < found["reading_seconds"] < found["wall_seconds"]
-    assert set(LABELS) == set(found)
+    assert {*LABELS, "stretches"} == set(found)
 
 
 def test_a_teacher_at_hand_reads_the_same(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import threading
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from pmetal_distill.modelling.heads import LinearHead
 from pmetal_distill.offline import calibrate as calibrate_module
 from pmetal_distill.offline.calibrate import MARGINS, DriftMonitor, calibrate, measure
 from pmetal_distill.offline.capture import capture
@@ -100,10 +102,11 @@ def test_both_fits_agree():
 
 def test_scale_bias_and_half_precision():
     hidden, w, bias = states(400), weights(), np.linspace(-1, 1, V, dtype=np.float32)
-    logits = 0.5 * hidden @ w.T + bias
-    fitted = fit_basis_linear(
-        moments(hidden, logits), mx.array(w).astype(mx.float16), rank=D, scale=0.5, bias=mx.array(bias)
-    )
+    layer = nn.Linear(D, V)
+    layer.weight, layer.bias = mx.array(w).astype(mx.float16), 4 * mx.array(bias)
+    head = LinearHead(layer, "lm_head", tied=False, scale=0.5)
+    logits = np.array(head.logits(mx.array(hidden)))  # the one formula of a head
+    fitted = fit_basis_linear(moments(hidden, logits), head.weight, rank=D, scale=head.scale, bias=head.bias)
     exact = logits - logits.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(rebuilt(fitted, hidden, logits), exact, atol=0.02)
 
