@@ -25,9 +25,13 @@ Packing = Literal["batch", "rows", "none"]
 
 _KV_CACHES = ("KVCache", "RotatingKVCache")
 
-_NO_SPLIT = "the head cannot be split off: the model's full call is used, and hidden states are not available"
+_NO_SPLIT = (
+    "the head cannot be split off: the model's full call is used, which is slower and holds the logits of a "
+    "whole batch, and hidden states are not available"
+)
 _NO_MATRIX = (
-    "the head is not a matrix that could be found: the model's own head is called on chunks of tokens"
+    "the head is not a matrix that could be found: the model's own head is called, for a student on a whole "
+    "batch, which is slower"
 )
 _NO_BLOCKS = "the outputs of the blocks cannot be had: hidden-state losses are not available"
 _NO_PACKING = "several documents in one sequence cannot be kept apart: use one document per sequence"

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from pmetal_distill.host_inputs import to_device
+from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.modelling.anatomy import Anatomy, run_body, run_head
 from pmetal_distill.modelling.documents import document_caches, holds_one_document
 from pmetal_distill.modelling.heads import LinearHead
@@ -137,6 +138,30 @@ class LoadedModel:
             ModelError: the model cannot keep documents apart.
         """
         return _joined([self.model(ids, cache=caches) for ids, caches in self._passes(token_ids, documents)])
+
+    def scored(
+        self, token_ids: mx.array, *, documents: Documents | None = None, layers: Sequence[int] = ()
+    ) -> tuple[Hidden, HeadParts]:
+        """Hidden states, and the head that makes logits of them, as the chunked losses take them.
+
+        Where the head is no matrix, the states are the logits of the whole batch, and the head changes
+        nothing: everything works, but in the memory of B L V values. Call it inside the function that is
+        differentiated.
+
+        Args:
+            token_ids, documents, layers: as for `hidden`.
+
+        Raises:
+            ModelError: as `hidden`; or layers of a model that cannot be split are wanted.
+        """
+        if self.head is not None:
+            return self.hidden(token_ids, documents=documents, layers=layers), HeadParts.of(self.head)
+        if layers:
+            states = self.hidden(token_ids, documents=documents, layers=layers)
+            logits = Hidden(self.logits(states.final), states.layers)
+        else:
+            logits = Hidden(self.full(token_ids, documents))
+        return logits, HeadParts.of_logits(self.vocab_size)
 
     def _body(self) -> tuple[str, ...]:
         if self.anatomy.body is None:

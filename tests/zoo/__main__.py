@@ -23,7 +23,10 @@ def main() -> int:
     if wanted.write is not None:
         wanted.write.write_text(page(rows))
     failed = [row.name for row in rows if row.failures]
-    print(f"{len(rows) - len(failed)} of {len(rows)} do everything" + (f"; not {', '.join(failed)}" if failed else ""))
+    print(
+        f"{len(rows) - len(failed)} of {len(rows)} do everything"
+        + (f"; not {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 

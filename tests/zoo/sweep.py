@@ -4,7 +4,6 @@ Every station is the command's own function on a folder of the small model, so w
 """
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +123,13 @@ def how_it_splits(loaded: LoadedModel) -> str:
 def largest_error(loaded: LoadedModel, text: Path, out: Path) -> str:
     """Caches the text; each document's first choices against what the model says of it alone."""
     settings = CacheSettings(
-        teacher=loaded.source, data=str(text), out=out, tail="bucket", top_k=8, max_seq_len=LENGTH, batch_size=3
+        teacher=loaded.source,
+        data=str(text),
+        out=out,
+        tail="bucket",
+        top_k=8,
+        max_seq_len=LENGTH,
+        batch_size=3,
     )
     run_cache(settings, QUIET, teacher=loaded)
     worst = max(_errors(loaded, LogitCache(out)))

@@ -1,4 +1,5 @@
 """The sweep's rows as lines and as the page docs/models.md."""
+
 from tests.zoo.sweep import Row
 
 
