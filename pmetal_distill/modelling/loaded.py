@@ -12,7 +12,7 @@ import numpy as np
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.modelling.anatomy import Anatomy, run_body, run_head
-from pmetal_distill.modelling.documents import document_caches, holds_one_document
+from pmetal_distill.modelling.documents import document_caches, fits_windows, holds_one_document
 from pmetal_distill.modelling.heads import LinearHead
 from pmetal_distill.precision import Types, dtype_name, float_types, main_type
 from schemas.errors import ModelError
@@ -104,7 +104,7 @@ class LoadedModel:
 
         Args:
             token_ids: integers [B, L].
-            documents: integers [B, L], tokens with different numbers do not see each other; negative behind a
+            documents: integers [B, L], tokens with different numbers do not see each other; negative after a
                 document is padding. None: each sequence is one document. Where a NumPy array shows the same,
                 the plain causal path is taken; an MLX array is not looked into.
             layers: blocks whose outputs are wanted, from 0; negative counts from the end.
@@ -183,10 +183,9 @@ class LoadedModel:
             documents = None
         windows = self.anatomy.windows
         if documents is None:
-            inside = all(size is None or token_ids.shape[1] <= size for size in windows)
-            return [
-                (token_ids, None if inside or not self.supports_packing else document_caches(None, windows))
-            ]
+            plain = fits_windows(token_ids.shape[1], windows) or not self.supports_packing
+            stand_ins = self.anatomy.needs_caches or not plain
+            return [(token_ids, document_caches(None, windows) if stand_ins else None)]
         if not self.supports_packing:
             raise ModelError(
                 f"{self.source}: this model cannot keep several documents apart in one sequence; "

@@ -1,5 +1,6 @@
 """Small random models of many architectures, and what is known of their heads. Costs milliseconds each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -118,11 +119,13 @@ def array(values: mx.array) -> np.ndarray:
     return np.array(values.astype(mx.float32), np.float64)
 
 
-def separately(model: Any, token_ids: mx.array, documents: np.ndarray) -> np.ndarray:
+def separately(
+    model: Any, token_ids: mx.array, documents: np.ndarray, caches: Callable[[], Any] = lambda: None
+) -> np.ndarray:
     """The plain call on every document alone, put back together."""
     ids, out = np.array(token_ids), np.zeros((*token_ids.shape, 320))
     for row in range(len(ids)):
         for number in np.unique(documents[row]):
             where = documents[row] == number
-            out[row, where] = array(model(mx.array(ids[row, where][None])))[0]
+            out[row, where] = array(model(mx.array(ids[row, where][None]), cache=caches()))[0]
     return out

@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(["qk_nope_head_dim", "v_head_dim"], 8),
     "index_head_dim": 8,
     "index_n_heads": 2,
-    "index_topk": 64,
+    "index_topk": 16,
     # mixtures of experts
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(
@@ -172,10 +172,11 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
     },
-    "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
+    "exaone4": {"layer_types": _SLIDING, "sliding_window_pattern": "LG", "rope_scaling": None},
     "exaone_moe": {"layer_types": _SLIDING, "is_moe_layer": [False, True] * 2},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gear": {"layer_types": ["conv", "full_attention"] * 2},
+    # With "conv_mixer" among them transformers refuses the configuration, and with it the tokenizer.
+    "gear": {"layer_types": _SLIDING},
     "gemma4_text": {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "layer_types": _SLIDING},
     "glm4_moe": {"rope_scaling": None},
     "gpt_oss": {"layer_types": _SLIDING},
@@ -231,7 +232,7 @@ OWN: dict[str, dict[str, Any]] = {
         "swa_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "minicpm": {"dim_model_base": 8, "scale_depth": 1.4, "scale_emb": 12.0},
+    "minicpm": {"tie_word_embeddings": False, "dim_model_base": 8, "scale_depth": 1.4, "scale_emb": 12.0},
     "minicpm3": {"dim_model_base": 8, "scale_depth": 1.4, "scale_emb": 12.0, "rope_scaling": _LONGROPE},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron_h": {"hybrid_override_pattern": "M*-E"},
@@ -244,11 +245,10 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_multipliers": [1.0, 1.5, 2.0, 2.5],
     },
     "phi3": {"partial_rotary_factor": 1.0},
-    # Its sparse layers add the mask "causal", a word, to numbers, which ends the process.
-    "phi3small": {"dense_attention_every_n_layers": 1, "gegelu_limit": 20.0},
     "phimoe": {"rope_scaling": None},
     "phixtral": {"rotary_dim": 4},
     "plamo": {"n_shared_head": 2},
+    "qwen3_vl_moe": {"tie_word_embeddings": False},
     "qwen": {"kv_channels": 8},
     "recurrent_gemma": {"logits_soft_cap": 30.0, "block_types": ["recurrent", "attention"]},
     "spark2_5": {"layer_types": _SLIDING, "rope_parameters": dict.fromkeys(set(_SLIDING), _ROPE)},
@@ -278,6 +278,7 @@ ELSEWHERE = {
     "bitnet": "its layers are a Metal kernel, which needs an Apple GPU",
     "muse_spark": "its attention is a Metal kernel, which needs an Apple GPU",
     "olmo": "mlx_lm reads it through the package ai2-olmo, which is not installed",
+    "phi3small": "it rules out tokens by number, up to the 100,352nd",
     "prism_hadamard_qwen35": "it exists in packs of 2 bits with widths of 128 and more only",
 }
 """What cannot be built small here, and why."""
