@@ -97,6 +97,9 @@ def wrap_model(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    for module in model.modules():
+        if "_no_grad" not in vars(module):  # RecurrentGemma's model leaves out nn.Module's own __init__
+            vars(module).update(_no_grad=set(), _training=False)
     try:
         kinds = [_cache_kind(cache) for cache in make_prompt_cache(model)]
         anatomy = examine(model, kinds, dict(config), source=source, caches=lambda: make_prompt_cache(model))

@@ -33,9 +33,9 @@ class TestDocuments:
         loaded, ids = made(name), some_tokens(2, 24)
         documents = np.array([[0] * 9 + [1] * 15, [7] * 24])
         expected = separately(loaded.model, ids, documents, lambda: make_prompt_cache(loaded.model))
-        np.testing.assert_allclose(array(loaded.full(ids, documents)), expected, atol=1e-4)
+        np.testing.assert_allclose(array(loaded.full(ids, documents)), expected, atol=1e-3)
         whole = array(loaded.model(ids, cache=make_prompt_cache(loaded.model)))
-        np.testing.assert_allclose(array(loaded.full(ids)), whole, atol=1e-4)
+        np.testing.assert_allclose(array(loaded.full(ids)), whole, atol=1e-3)
         assert loaded.anatomy.needs_caches is (name == "gemma3n")
 
     @pytest.mark.parametrize(

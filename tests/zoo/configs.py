@@ -61,6 +61,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(["first_k_dense_replace", "num_dense_layers"], 1),
     **dict.fromkeys(["n_group", "topk_group", "decoder_sparse_step"], 1),
     "norm_topk_prob": True,
+    "full_attention_interval": 2,
     "routed_scaling_factor": 1.0,
     "mlp_only_layers": [],
     # state space models and linear attention
@@ -125,6 +126,7 @@ _MROPE = {
 
 OWN: dict[str, dict[str, Any]] = {
     "llama4": {
+        "num_hidden_layers": 8,  # every fourth one is of another kind
         "num_experts_per_tok": 1,
         "attention_chunk_size": 8,
         "interleave_moe_layer_step": 2,

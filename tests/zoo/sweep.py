@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -28,6 +29,7 @@ from tests.zoo.configs import VOCABULARY, small_config
 QUIET = Console(quiet=True)
 LENGTH = 64
 NUM_DOCUMENTS = 12
+NOT_IN_MLX_LM = "not in mlx-lm"
 LARGEST_ERROR = 0.02
 """Nats at the first choices: rounding in the cache is 1/256, leaks and wrong heads are tenths and more."""
 
@@ -40,7 +42,8 @@ class Row:
         splits: "matrix" for a head that was found, "head" for one that is called, "full call" for neither.
         packs: "batch" or "rows" where documents may share a sequence, else "no".
         exact: largest difference of a cached log-probability of a first choice to the plain call, nats.
-        full, lora, student: "yes".
+        full, lora: "yes", or `NOT_IN_MLX_LM`.
+        student: "yes".
     """
 
     name: str
@@ -95,8 +98,8 @@ def try_architecture(name: str, folder: Path) -> Row:
     )
     stations: dict[str, Callable[[], str]] = {
         "exact": lambda: largest_error(loaded, text, folder / "cache"),
-        "full": lambda: trained(folder, "full"),
-        "lora": lambda: trained(folder, "lora"),
+        "full": lambda: trained(name, folder, "full"),
+        "lora": lambda: trained(name, folder, "lora"),
         "student": lambda: cut(folder),
     }
     for column, station in stations.items():
@@ -167,7 +170,37 @@ def _plain(loaded: LoadedModel, token_ids: np.ndarray) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
 
 
-def trained(folder: Path, kind: Literal["full", "lora"]) -> str:
+def trained(name: str, folder: Path, kind: Literal["full", "lora"]) -> str:
+    """Two steps from the cache, or a word where mlx_lm cannot train it either."""
+    try:
+        return _trained(folder, kind)
+    except Exception:
+        if mlx_lm_trains(name, kind):
+            raise
+        return NOT_IN_MLX_LM
+
+
+def mlx_lm_trains(name: str, kind: Literal["full", "lora"]) -> bool:
+    """Whether the architecture's own gradients of a cross-entropy can be had, and are numbers."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, ids = random_model(json.loads(json.dumps(small_config(name)))), mx.arange(40, 60)[None]
+    if kind == "lora":
+        model.freeze()
+        linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    model.train()
+
+    def loss(model: Any) -> mx.array:
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:]).mean()
+
+    try:
+        _, gradients = nn.value_and_grad(model, loss)(model)
+        return all(bool(mx.isfinite(gradient).all()) for _, gradient in tree_flatten(gradients))
+    except (AttributeError, ValueError):
+        return False
+
+
+def _trained(folder: Path, kind: Literal["full", "lora"]) -> str:
     """Two steps from the cache change what is trained, and the loss is a number."""
     out = folder / f"run-{kind}"
     settings = TrainSettings(
