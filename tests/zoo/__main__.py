@@ -1,6 +1,7 @@
 """`python -m tests.zoo [NAME ...]`: every architecture through everything. About two minutes on two cores."""
 
 import argparse
+import logging
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="architectures; all that mlx-lm ships if none is named")
     parser.add_argument("--write", type=Path, help="write the table, docs/models.md")
     wanted = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it does not know most of these configurations
     rows: list[Row] = []
     for name in wanted.names or architectures():
         with tempfile.TemporaryDirectory() as folder:
