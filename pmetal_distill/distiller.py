@@ -263,7 +263,8 @@ class Distiller:
     ) -> Callable[[Arrays], tuple[LossParts, Gradients]]:
         """Loss and gradients of inputs of this form; compiled where wanted, once a form."""
         run = nn.value_and_grad(self.trained, self._loss(template))
-        if not self.compiles:
+        apart = "documents" in inputs and not self.student.supports_packing
+        if not self.compiles or apart:  # where documents are run one by one, their lengths must be known
             return cast(Callable[[Arrays], tuple[LossParts, Gradients]], run)
         form = (template.kind, tuple(sorted(inputs)), tuple(sorted(inputs["target"])), template.bases)
         if form not in self._functions:

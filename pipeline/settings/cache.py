@@ -55,8 +55,8 @@ class CacheSettings:
     sketch_rank: int | None = field(
         default=None,
         metadata=described(
-            "Rank of the tail sketch: more is closer and slower; if not given 256, or what a narrower teacher "
-            "allows."
+            "Rank of the tail sketch: more is closer and slower. 256, or what a narrower teacher allows, if "
+            "it is not given."
         ),
     )
     sketch_step: float = field(

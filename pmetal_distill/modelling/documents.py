@@ -91,6 +91,27 @@ def document_caches(documents: mx.array | None, windows: Sequence[Window]) -> li
     return [stand_in(window) for window in windows]
 
 
+def documents_apart(documents: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows with one document each, for models that cannot keep them apart in one.
+
+    Args:
+        documents: integers [B, L]; negative is padding.
+
+    Returns:
+        for each of the D documents, where its tokens are among the B L [D, longest], 0 after its end; and for
+        each token where it is among the D longest [B, L], 0 for padding.
+    """
+    rows = [np.flatnonzero(row == number) for row in documents for number in np.unique(row[row >= 0])]
+    starts = [i * len(row) for i, row in enumerate(documents) for _ in np.unique(row[row >= 0])]
+    longest = max(map(len, rows), default=1)
+    places = np.zeros((max(len(rows), 1), longest), np.int32)
+    back = np.zeros(documents.size, np.int32)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        places[index, : len(row)] = row + start
+        back[row + start] = index * longest + np.arange(len(row))
+    return places, back.reshape(documents.shape)
+
+
 def fits_windows(length: int, windows: Sequence[Window]) -> bool:
     """Whether no window is shorter than a sequence."""
     return all(

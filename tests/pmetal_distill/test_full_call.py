@@ -96,6 +96,31 @@ def test_architectures_that_need_it(name: str) -> None:
     np.testing.assert_allclose(np.array(rows.soft[0])[counts], np.array(expected)[counts], rtol=1e-3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_student_that_does_not_pack_learns_from_packed_text(compiled: bool) -> None:
+    """As from the same documents in sequences of their own, padded."""
+    apart = TextBatch(
+        *(np.zeros((6, 7), np.int32), np.full((6, 7), -1, np.int32), np.zeros((6, 7), bool)),
+        np.full((6, 7), -100, np.int32),
+    )
+    labels = np.where(PACKED.documents == np.roll(PACKED.documents, -1, 1), PACKED.labels, -100)
+    labels[:, -1] = -100
+    packed = replace(PACKED, labels=labels, loss_mask=labels >= 0)
+    for row in range(3):
+        for number, where in enumerate((slice(0, 5), slice(5, 12))):
+            target = (2 * row + number, slice(0, where.stop - where.start))
+            apart.documents[target] = 0
+            apart.token_ids[target] = packed.token_ids[row, where]
+            apart.loss_mask[target] = packed.loss_mask[row, where]
+            apart.labels[target] = labels[row, where]
+    config = DistillConfig(temperature=2.0, compiled=compiled)
+    losses, found = [], []
+    for batch, into in ((apart, losses), (packed, found)):
+        student = wrap_model(random_model(made("mamba").config), None, made("mamba").config)
+        into += trained(student, config, batch)[0]
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
+
+
 def test_hidden_states_that_a_student_does_not_give() -> None:
     student = hidden_from_us(student_of(1), "head", "body", "blocks")
     with pytest.raises(ModelError, match="must give the outputs of its blocks"):

@@ -10,16 +10,16 @@ from tests.zoo.sweep import NOT_IN_MLX_LM, Row
 COLUMNS = ("architecture", "loads", "splits", "packs", "exact", "full", "LoRA", "init-student")
 _HEAD = """# Models
 
-Every architecture that mlx-lm {version} ships, built with four layers of width 32 and random weights, and taken
-through the commands themselves by `python -m tests.zoo --write docs/models.md` (two minutes on two CPU cores;
-a dozen of them run in the test suite). {summary}
+Every architecture that mlx-lm {version} ships, built with four layers of width 32 and random weights, and
+taken through the commands themselves by `python -m tests.zoo --write docs/models.md` (minutes on two CPU
+cores; a dozen of them run in the test suite). {summary}
 
-- **splits**: the head is a *matrix* that was found, so that logits exist for a chunk of tokens at a time; else
-  the model's own *head* or its *full call* gives those of a whole batch, which is slower.
-- **packs**: several documents share a sequence, under one mask for the *batch*, or one for each of its *rows*.
-  Where they do not, every document has its own sequence; why is said below, and by the commands.
+- **splits**: the head is a *matrix* that was found, so that logits exist for a chunk of tokens at a time;
+  else the model's own *head* or its *full call* gives those of a whole batch, which is slower.
+- **packs**: several documents share a sequence, under one mask for the *batch*, or one for each of its
+  *rows*. Where they do not, every document has its own sequence; why is said below, and by the commands.
 - **exact**: largest difference, in nats, of cached log-probabilities of the eight first choices from what
-  mlx-lm's own call gives for each document alone. The cache rounds to 1/64 nat.
+  mlx-lm's own call gives for each document alone. The cache rounds to 1/128 nat.
 - **full**, **LoRA**: two steps from the cache change the weights, or mlx-lm itself cannot train it.
 - **init-student**: a student of half of the layers loads, runs and gives numbers.
 
