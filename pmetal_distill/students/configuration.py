@@ -5,12 +5,14 @@ each layer, a list of ascending numbers under a name like `full_attn_idxs` names
 is checked by building the model.
 """
 
+import copy
 import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pmetal_distill.modelling.evidence import FAILURES
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.students.pruned import LAYER_COUNTS, text_config
 from schemas.errors import ModelError
@@ -30,22 +32,23 @@ def pruned_config(loaded: LoadedModel, config: dict[str, Any], layers: Sequence[
         ModelError: it names no number of layers.
     """
     text, depth = text_config(config), loaded.num_layers
-    for key, value in _derived_lists(loaded):
-        if text.get(key) is None:
-            text[key] = value
     if not _cut(text, depth, layers):
         raise ModelError(
             f"{loaded.source}: config.json must name the number of layers ({', '.join(LAYER_COUNTS)}), found "
             f"none of {depth}; give a student model instead"
         )
+    for args, key, value in _derived_lists(loaded):
+        kept = [value[layer] for layer in layers]
+        if text.get(key) is None and _derived(args, text, key) != kept:
+            text[key] = kept
     if isinstance(scale := text.get(_GROWS_WITH_DEPTH), int | float):
         # Each block adds scale_depth / sqrt(number of layers) of its output (MiniCPM), which must stay.
         text[_GROWS_WITH_DEPTH] = scale * math.sqrt(len(layers) / depth)
     return config
 
 
-def _derived_lists(loaded: LoadedModel) -> Iterator[tuple[str, list[Any]]]:
-    """Entries for each layer that mlx-lm has worked out of what the configuration does say."""
+def _derived_lists(loaded: LoadedModel) -> Iterator[tuple[Any, str, list[Any]]]:
+    """Lists with an entry for each layer that mlx-lm has worked out: its arguments, key, list."""
     for _, module in loaded.model.named_modules():
         for args in (getattr(module, name, None) for name in ("args", "config")):
             if not dataclasses.is_dataclass(args):
@@ -54,8 +57,17 @@ def _derived_lists(loaded: LoadedModel) -> Iterator[tuple[str, list[Any]]]:
                 for field in dataclasses.fields(args):
                     value = getattr(args, field.name, None)
                     if isinstance(value, list | tuple) and len(value) == loaded.num_layers and _plain(value):
-                        yield field.name, list(value)
+                        yield args, field.name, list(value)
                 return
+
+
+def _derived(args: Any, config: dict[str, Any], key: str) -> list[Any] | None:
+    """What mlx-lm works out of another configuration; None where it cannot."""
+    try:
+        value = getattr(type(args).from_dict(copy.deepcopy(config)), key)
+    except FAILURES:
+        return None
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _plain(values: Sequence[Any]) -> bool:

@@ -14,14 +14,12 @@ Every architecture that mlx-lm {version} ships, built with four layers of width 
 taken through the commands themselves by `python -m tests.zoo --write docs/models.md` (minutes on two CPU
 cores; a dozen of them run in the test suite). {summary}
 
-- **splits**: the head is a *matrix* that was found, so that logits exist for a chunk of tokens at a time;
-  else the model's own *head* or its *full call* gives those of a whole batch, which is slower.
-- **packs**: several documents share a sequence, under one mask for the *batch*, or one for each of its
-  *rows*. Where they do not, every document has its own sequence; why is said below, and by the commands.
-- **exact**: largest difference, in nats, of cached log-probabilities of the eight first choices from what
-  mlx-lm's own call gives for each document alone. The cache rounds to 1/128 nat.
-- **full**, **LoRA**: two steps from the cache change the weights, or mlx-lm itself cannot train it.
-- **init-student**: a student of half of the layers loads, runs and gives numbers.
+**splits**: the head is a *matrix* that was found, so that logits exist for a chunk of tokens at a time; else
+the model's own *head* or its *full call* gives those of a whole batch, which is slower. **packs**: documents
+share a sequence under one mask for the *batch*, or one for each of its *rows*; else each has its own.
+**exact**: largest difference, in nats, of cached log-probabilities of the eight first choices from what
+mlx-lm gives for each document alone; the cache rounds to 1/128. **full**, **LoRA**: two steps from the
+cache change the weights, or mlx-lm itself cannot train it. **init-student**: one of half of the layers loads and runs.
 
 """
 
@@ -40,8 +38,8 @@ def page(rows: Sequence[Row]) -> str:
     table += [f"| {row.name} | {' | '.join(_cells(row))} |" for row in rows]
     reasons = [f"- {why}: {', '.join(names)}." for why, names in _why_unpacked(rows).items()]
     elsewhere = [f"- {name}: {why}." for name, why in ELSEWHERE.items()]
-    parts = ["\n".join(table), "Not packed, because:\n\n" + "\n".join(reasons)]
-    parts.append("Not built here:\n\n" + "\n".join(elsewhere))
+    parts = ["\n".join(table), "Not packed, because\n" + "\n".join(reasons)]
+    parts.append("Not built here:\n" + "\n".join(elsewhere))
     return head + "\n\n".join(parts) + "\n"
 
 
