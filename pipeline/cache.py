@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,7 @@ def _fill(
     spec = target_spec(settings, teacher.vocab_size)
     hidden = hidden_spec(settings, teacher)
     data = read_data(settings, teacher, text)
-    check_rank(settings, teacher)
+    settings = with_rank(settings, teacher, console)
     console.note(_size(data))
     if hint := sidecar_hint(settings, teacher.vocab_size, data.num_tokens):
         console.note(hint)
@@ -147,8 +148,26 @@ def require_same_type(settings: CacheSettings, teacher: "LoadedModel") -> None:
         )
 
 
+def with_rank(settings: CacheSettings, teacher: "LoadedModel", console: Console) -> CacheSettings:
+    """The settings with the rank of the sketch, before anything is computed: as given, or what is allowed.
+
+    Raises:
+        UsageError: a rank was given that this teacher does not have.
+    """
+    if settings.tail != "sketch":
+        return settings
+    largest = largest_rank(teacher)
+    if settings.sketch_rank is None and settings.rank > largest:
+        console.note(
+            f"sketch rank: {largest} instead of {settings.rank}, which this teacher is too narrow for"
+        )
+        return replace(settings, sketch_rank=largest)
+    check_rank(settings, teacher)
+    return replace(settings, sketch_rank=settings.rank)
+
+
 def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
-    """Refuses a rank beyond the teacher's, before anything is computed.
+    """Refuses a rank beyond the teacher's.
 
     Raises:
         UsageError: with what it may be.
@@ -157,7 +176,14 @@ def check_rank(settings: CacheSettings, teacher: "LoadedModel") -> None:
 
     if settings.tail == "sketch" and (head := teacher.head) is not None and head.softcap is None:
         size = teacher.hidden_size
-        check_linear_rank(settings.sketch_rank, hidden_size=size, vocab_size=teacher.vocab_size)
+        check_linear_rank(settings.rank, hidden_size=size, vocab_size=teacher.vocab_size)
+
+
+def largest_rank(teacher: "LoadedModel") -> int:
+    """Of a sketch of this teacher: logits of a linear head lie in a space as wide as the hidden states."""
+    linear = teacher.head is not None and teacher.head.softcap is None
+    limit = teacher.vocab_size - 1
+    return min(limit, teacher.hidden_size) if linear else limit
 
 
 def _size(data: PackedDataset) -> str:
@@ -173,7 +199,7 @@ def sidecar_hint(settings: CacheSettings, vocab_size: int, num_tokens: int) -> s
     """
     if settings.tail != "sketch":
         return None
-    sidecar = vocab_size * (2 * settings.sketch_rank + 4)
+    sidecar = vocab_size * (2 * settings.rank + 4)
     bucket_k = min(4 * settings.top_k, vocab_size - 1)
     saved = BUCKET_BYTES_AN_ENTRY * bucket_k - SKETCH_BYTES
     if saved <= 0 or sidecar <= saved * num_tokens:
@@ -278,7 +304,7 @@ def describe(
     sampled = {"calibration_tokens": settings.calibration_tokens, "seed": settings.seed}
     codec: dict[str, Any] = sampled if settings.hidden_rank else {}
     if settings.tail == "sketch":
-        codec = {"rank": settings.sketch_rank, "step": settings.sketch_step, **sampled}
+        codec = {"rank": settings.rank, "step": settings.sketch_step, **sampled}
     packing = {
         "max_seq_len": settings.max_seq_len,
         "pack": data.settings.pack,

@@ -122,7 +122,7 @@ class Calibrator:
             sample,
             held_back,
             self.spec,
-            rank=self.settings.sketch_rank,
+            rank=self.settings.rank,
             step=self.settings.sketch_step,
             head=self.teacher.head,
         )

@@ -139,17 +139,15 @@ def _cut(wanted: NewStudent, teacher: "LoadedModel", console: Console) -> dict[s
 def _layers(
     wanted: NewStudent, teacher: "LoadedModel", sample: list["TokenBatch"], console: Console
 ) -> list[int]:
-    from pmetal_distill.students import evenly_spaced, influential_layers
+    from pmetal_distill.students import fitting_layers, influential_layers
 
     if wanted.keep_layers is not None:
         return list(wanted.keep_layers)
     if wanted.num_layers is None:
         whole = wanted.mlp_width is not None
-        return evenly_spaced(
-            teacher.num_layers, teacher.num_layers if whole else max(1, teacher.num_layers // 2)
-        )
+        return fitting_layers(teacher, teacher.num_layers if whole else max(1, teacher.num_layers // 2))
     if wanted.by == "evenly":
-        return evenly_spaced(teacher.num_layers, wanted.num_layers)
+        return fitting_layers(teacher, wanted.num_layers)
     total = max(0, teacher.num_layers - wanted.num_layers)
     with console.progress("measuring", total=total, unit="layers") as progress:
         return influential_layers(teacher, wanted.num_layers, sample, told=lambda layer: progress.advance(1))

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.cache import check_rank, describe, describe_cache, hidden_spec, read_data, target_spec
+from pipeline.cache import (
+    check_rank,
+    describe,
+    describe_cache,
+    hidden_spec,
+    largest_rank,
+    read_data,
+    target_spec,
+)
 from pipeline.calibration import CODEBOOK_TOKENS, HELD_BACK_TOKENS, Calibrator, Coding
 from pipeline.console import Console, table
 from pipeline.data import PackedDataset
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 
 WRITTEN_TOKENS = 8192
 TEMPERATURES = (1.0, 2.0, 4.0)
+RANKS = (128, 256, 384)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +55,15 @@ class Grid:
 
     tails: tuple[Tail, ...] = ("sketch", "bucket")
     top_k: tuple[int, ...] = (16,)
-    ranks: tuple[int, ...] = (128, 256, 384)
+    ranks: tuple[int, ...] = RANKS
     steps: tuple[float, ...] = (45.0, 60.0, 80.0)
+
+    def allowed_by(self, teacher: "LoadedModel") -> "Grid":
+        """The same, but with ranks that were not asked for cut to what the teacher allows."""
+        if self.ranks != RANKS:
+            return self
+        largest = largest_rank(teacher)
+        return replace(self, ranks=tuple(dict.fromkeys(min(rank, largest) for rank in self.ranks)))
 
     def settings(self, base: CacheSettings) -> Iterator[CacheSettings]:
         """`base` with each of them.
@@ -153,7 +169,7 @@ class Planner:
         return {
             "tail": settings.tail,
             "top_k": settings.top_k,
-            "rank": settings.sketch_rank if sketch else None,
+            "rank": settings.rank if sketch else None,
             "step": settings.sketch_step if sketch else None,
             "bytes_per_token": size["bytes_per_token"],
             "hidden_bytes_per_token": size["hidden_bytes_per_token"],
@@ -171,7 +187,7 @@ class Planner:
         spec = target_spec(settings, self.teacher.vocab_size)
         error: dict[float, TargetError] = {}
         if settings.tail == "sketch":
-            found = self._fitting.calibrate(spec, rank=settings.sketch_rank, step=settings.sketch_step)
+            found = self._fitting.calibrate(spec, rank=settings.rank, step=settings.sketch_step)
             coding, error = self._calibrator.coding(found), dict(found.error)
         else:
             coding = self._calibrator.plain_coding(self._fitting.sample.thinned(CODEBOOK_TOKENS), spec)
@@ -232,9 +248,10 @@ def run_plan(
 
     from pmetal_distill.models import load_model
 
-    tried = list(grid.settings(base))
-    largest = max((s for s in tried), key=lambda s: s.sketch_rank if s.tail == "sketch" else 0)
+    list(grid.settings(base))  # refuses what no teacher allows before one is loaded
     teacher = load_model(base.teacher, dtype=base.dtype, trust_remote_code=base.trust_remote_code)
+    tried = list(grid.allowed_by(teacher).settings(base))
+    largest = max((s for s in tried), key=lambda s: s.rank if s.tail == "sketch" else 0)
     for settings in tried:
         target_spec(settings, teacher.vocab_size)
         check_rank(settings, teacher)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from pmetal_distill.losses.head import HeadParts
+from pmetal_distill.modelling.evidence import FAILURES, Probe
 from pmetal_distill.modelling.randomness import seeded
 from pmetal_distill.modelling.tuning import (
     adaptable_layers,
@@ -118,10 +119,22 @@ def add_adapters(loaded: LoadedModel, spec: AdapterSpec, *, seed: int) -> Loaded
             f"lora_parameters: no layer in the last {spec.num_layers} blocks has one of these keys"
         )
     loaded.model.eval()
+    _require_running(loaded)
     adapted = _with_current_head(loaded)
     if adapted.head is not None:
         HeadParts.of(adapted.head)
     return adapted
+
+
+def _require_running(loaded: LoadedModel) -> None:
+    """Some architectures read the weights of a layer, which one with an adapter does not have."""
+    try:
+        mx.eval(loaded.full(Probe.below(loaded.vocab_size).alone))
+    except FAILURES as error:
+        raise UsageError(
+            f"lora_parameters: {loaded.source} must run with its adapters, found that it fails ({error}), as "
+            "in mlx_lm; name other layers in 'keys', such as self_attn.q_proj"
+        ) from error
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -27,7 +27,6 @@ from pmetal_distill.device import on_cuda, on_gpu
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.chunked_head import HeadOptions, LossParts, head_loss, head_rows
-from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.hidden import HiddenAligner, layer_pairs
 from pmetal_distill.losses.job import TokenRows
 from pmetal_distill.losses.taid import TaidState
@@ -65,7 +64,7 @@ class Distiller:
     Raises:
         UsageError: a divergence without meaning for the teacher's targets, layers that do not exist, or no
             such precision.
-        ModelError: a student whose head cannot be split off.
+        ModelError: hidden states are wanted of a student that does not give them.
     """
 
     def __init__(
@@ -80,8 +79,6 @@ class Distiller:
         self.config = config or DistillConfig()
         self.student = student
         self.world = world or World()
-        if student.head is None:
-            raise ModelError(f"{student.source}: a student must have a linear head that can be split off")
         self.teacher = _teacher(teacher, student.vocab_size)
         self.config.divergence.check(self.teacher.kind)
         _check_temperature(self.config.temperature, self.teacher)
@@ -148,10 +145,10 @@ class Distiller:
         self.trained.eval()
         text = _as_batch(batch)
         target, _ = self.teacher.answer(text, ())
-        states = self._computing().hidden(to_device(text.token_ids), documents=text.documents)
+        states, head = self._computing().scored(to_device(text.token_ids), documents=text.documents)
         return head_rows(
             states.final,
-            self._head(),
+            head,
             [target.at(t) for t in temperatures],
             to_device(text.labels),
             to_device(text.loss_mask),
@@ -266,7 +263,8 @@ class Distiller:
     ) -> Callable[[Arrays], tuple[LossParts, Gradients]]:
         """Loss and gradients of inputs of this form; compiled where wanted, once a form."""
         run = nn.value_and_grad(self.trained, self._loss(template))
-        if not self.compiles:
+        apart = "documents" in inputs and not self.student.supports_packing
+        if not self.compiles or apart:  # where documents are run one by one, their lengths must be known
             return cast(Callable[[Arrays], tuple[LossParts, Gradients]], run)
         form = (template.kind, tuple(sorted(inputs)), tuple(sorted(inputs["target"])), template.bases)
         if form not in self._functions:
@@ -277,12 +275,12 @@ class Distiller:
     def _loss(self, template: SoftTarget) -> Callable[[Arrays], LossParts]:
         def loss(inputs: Arrays) -> LossParts:
             wanted = [pair[1] for pair in self._pairs]
-            states = self._computing().hidden(
+            states, head = self._computing().scored(
                 inputs["token_ids"], documents=inputs.get("documents"), layers=wanted
             )
             parts = head_loss(
                 states.final,
-                self._head(),
+                head,
                 template.with_arrays(inputs["target"]),
                 inputs["labels"],
                 inputs["mask"],
@@ -304,10 +302,6 @@ class Distiller:
         """The student as it is multiplied, see `Precision.computing`."""
         model = self.precision.computing(self.student.model)
         return self.student if model is self.student.model else replace(self.student, model=model)
-
-    def _head(self) -> HeadParts:
-        assert self.student.head is not None
-        return HeadParts.of(self.student.head)
 
     def _collect(self, gradients: Gradients) -> None:
         """Adds a batch's gradients; applies their mean when it is due."""
@@ -387,6 +381,11 @@ def _aligner(config: DistillConfig, teacher: Teacher, student: LoadedModel) -> H
         return None
     if teacher.hidden_size is None:
         raise UsageError("hidden_loss: the teacher gives no hidden states; cache them with --hidden-layers")
+    if student.anatomy.blocks is None:
+        raise ModelError(
+            f"{student.source}: a student must give the outputs of its blocks for a hidden-state loss, found "
+            "that they cannot be had; leave out hidden_loss, or take another student"
+        )
     count = teacher.num_layers
     if count is None:
         if config.student_layers is None or min(config.hidden_layers) < 0:

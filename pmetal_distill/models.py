@@ -98,9 +98,12 @@ def wrap_model(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    for module in model.modules():
+        if "_no_grad" not in vars(module):  # RecurrentGemma's model leaves out nn.Module's own __init__
+            vars(module).update(_no_grad=set(), _training=False)
     try:
-        caches = [CacheKind(type(c).__name__, getattr(c, "max_size", None)) for c in make_prompt_cache(model)]
-        anatomy = examine(model, caches, dict(config), source=source)
+        kinds = [_cache_kind(cache) for cache in make_prompt_cache(model)]
+        anatomy = examine(model, kinds, dict(config), source=source, caches=lambda: make_prompt_cache(model))
     except ModelError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -109,6 +112,11 @@ def wrap_model(
     loaded = LoadedModel(model, tokenizer, dict(config), source, folder, anatomy, stored)
     _require_range(loaded)
     return loaded
+
+
+def _cache_kind(cache: Any) -> CacheKind:
+    parts = tuple(_cache_kind(part) for part in getattr(cache, "caches", ()))
+    return CacheKind(type(cache).__name__, getattr(cache, "max_size", None), parts)
 
 
 def _require_range(loaded: LoadedModel) -> None:

@@ -16,6 +16,8 @@ from pipeline.settings.checks import (
 )
 from schemas.spec import Tail
 
+USUAL_RANK = 256
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
@@ -57,8 +59,12 @@ class CacheSettings:
         default="sketch",
         metadata=described("What is kept of the other tokens: their shape, their mass, or nothing."),
     )
-    sketch_rank: int = field(
-        default=256, metadata=described("Rank of the tail sketch: more is closer and slower.")
+    sketch_rank: int | None = field(
+        default=None,
+        metadata=described(
+            "Rank of the tail sketch: more is closer and slower. 256, or what a narrower teacher allows, if "
+            "it is not given."
+        ),
     )
     sketch_step: float = field(
         default=60.0, metadata=described("Rounding step of the sketch: less is closer and larger.")
@@ -100,8 +106,8 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         check_whole(self, "max_seq_len", least=2)
-        check_whole(self, "batch_size top_k sketch_rank sequences_per_shard")
-        check_whole_or_none(self, "head_chunk")
+        check_whole(self, "batch_size top_k sequences_per_shard")
+        check_whole_or_none(self, "head_chunk sketch_rank")
         check_whole(self, "hidden_rank", least=0)
         check_whole(self, "seed", least=0, most=MOST_SEED)
         check(1 <= self.zstd_level <= 22, "zstd_level", "from 1 to 22", self.zstd_level)
@@ -116,9 +122,14 @@ class CacheSettings:
         )
         if self.tail == "sketch":
             check(
-                self.calibration_tokens >= self.sketch_rank,
+                self.calibration_tokens >= self.rank,
                 "calibration_tokens",
-                f"at least sketch_rank = {self.sketch_rank}",
+                f"at least sketch_rank = {self.rank}",
                 self.calibration_tokens,
                 "give more calibration tokens or a smaller rank",
             )
+
+    @property
+    def rank(self) -> int:
+        """The rank that was given, or the usual one."""
+        return USUAL_RANK if self.sketch_rank is None else self.sketch_rank

@@ -172,7 +172,9 @@ def _head(settings: TrainSettings, model: "LoadedModel", tokens: int) -> int:
 
     chunks = 2.0 if on_cpu() else Factors(0, 0).chunks
     at_once = settings.head_chunk or default_chunk_tokens(model.vocab_size)
-    return int(min(at_once, tokens) * model.vocab_size * 4 * chunks)
+    # A head that is no matrix gives the logits of all tokens, and wants a gradient for each.
+    whole = 0 if model.head is not None else 2 * tokens
+    return int((min(at_once, tokens) * chunks + whole) * model.vocab_size * 4)
 
 
 def _teacher(settings: TrainSettings, source: "Source", tokens: int, length: int) -> int:

@@ -12,11 +12,9 @@ import mlx.core as mx
 from pmetal_distill.host_inputs import to_device
 from pmetal_distill.losses.chunked_head import HeadOptions, head_rows
 from pmetal_distill.losses.divergences import Divergence
-from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.job import TokenRows
 from pmetal_distill.models import LoadedModel
 from pmetal_distill.teaching import Teacher, TrainingBatch
-from schemas.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +46,12 @@ def target_rows(
         evaluated; `soft` has one row a question, in their order.
 
     Raises:
-        ModelError: a student whose head cannot be split off.
         UsageError: a divergence or temperature that the targets do not give.
         IncompatibleError: the batch does not fit the teacher.
     """
-    if student.head is None:
-        raise ModelError(f"{student.source}: must have a linear head that can be split off, found none")
     target, _ = teacher.answer(batch, ())
-    hidden = student.hidden(to_device(batch.token_ids), documents=batch.documents).final
-    head, options = HeadParts.of(student.head), HeadOptions(chunk_tokens=chunk_tokens)
+    states, head = student.scored(to_device(batch.token_ids), documents=batch.documents)
+    hidden, options = states.final, HeadOptions(chunk_tokens=chunk_tokens)
     labels, mask = to_device(batch.labels), to_device(batch.loss_mask)
     soft: dict[Question, mx.array] = {}
     rows: TokenRows | None = None

@@ -1,7 +1,8 @@
 """The student's head as the chunked loss needs it: a matrix, and which parts of it learn. Free to make.
 
 Dense heads are used as they are. Quantized heads stay packed and frozen. A head under LoRA or DoRA becomes
-its effective matrix [V, d], through which MLX carries the gradient to the adapter.
+its effective matrix [V, d], through which MLX carries the gradient to the adapter. Where a model makes its
+logits in another way, they stand where hidden states do, and `Identity` in the place of the matrix.
 """
 
 from dataclasses import dataclass, replace
@@ -67,10 +68,38 @@ class PackedWeight:
             mode=self.mode,
         )
 
+    @property
+    def num_rows(self) -> int:
+        """V."""
+        return int(self.weight.shape[0])
+
     def rows(self, count: int) -> "PackedWeight":
         """The first `count` rows."""
         biases = None if self.biases is None else self.biases[:count]
         return replace(self, weight=self.weight[:count], scales=self.scales[:count], biases=biases)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The matrix of a head whose hidden states are logits already: the first rows of the identity.
+
+    Attributes:
+        num_rows: V.
+        width: of the states, at least V.
+    """
+
+    num_rows: int
+    width: int
+
+    def multiply(self, x: mx.array, *, transpose: bool) -> mx.array:
+        """x @ W.T, which leaves columns out, if `transpose`; else x @ W, which adds zeros."""
+        if transpose:
+            return x[..., : self.num_rows]
+        return x if self.width == self.num_rows else mx.pad(x, [(0, 0), (0, self.width - self.num_rows)])
+
+    def rows(self, count: int) -> "Identity":
+        """The first `count` rows."""
+        return Identity(count, self.width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,14 +107,14 @@ class HeadParts:
     """A head taken apart.
 
     Attributes:
-        weight: [V, d], or packed.
+        weight: [V, d], or packed, or none because the states are logits.
         bias: [V] or None.
         scale: of the products; None for 1.
         softcap: of the logits; None for none.
         trains_weight, trains_bias: whether a gradient is wanted.
     """
 
-    weight: mx.array | PackedWeight
+    weight: mx.array | PackedWeight | Identity
     bias: mx.array | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -107,33 +136,38 @@ class HeadParts:
             _weight(module), _bias(module), head.scale, head.softcap, "weight" in learns, "bias" in learns
         )
 
+    @staticmethod
+    def of_logits(vocab_size: int) -> "HeadParts":
+        """The head that changes nothing, for logits in the place of hidden states."""
+        return HeadParts(Identity(vocab_size, vocab_size))
+
     @property
     def vocab_size(self) -> int:
         """V."""
-        packed = isinstance(self.weight, PackedWeight)
-        return int((self.weight.weight if packed else self.weight).shape[0])  # type: ignore[union-attr]
+        weight = self.weight
+        return int(weight.shape[0]) if isinstance(weight, mx.array) else weight.num_rows
 
     def restricted(self, vocab_size: int) -> "HeadParts":
         """The head for the first `vocab_size` tokens; vocabularies are padded to different sizes."""
         if vocab_size == self.vocab_size:
             return self
-        packed = isinstance(self.weight, PackedWeight)
-        weight = self.weight.rows(vocab_size) if packed else self.weight[:vocab_size]  # type: ignore[union-attr, index]
+        whole = self.weight
+        weight = whole[:vocab_size] if isinstance(whole, mx.array) else whole.rows(vocab_size)
         return replace(self, weight=weight, bias=None if self.bias is None else self.bias[:vocab_size])
 
     def in_type(self, dtype: mx.Dtype) -> "HeadParts":
         """The head for products with hidden states of a type: a float32 master is cast to it, once."""
-        if isinstance(self.weight, PackedWeight) or self.weight.dtype == dtype:
+        if not isinstance(self.weight, mx.array) or self.weight.dtype == dtype:
             return self
         bias = None if self.bias is None else self.bias.astype(dtype)
         return replace(self, weight=self.weight.astype(dtype), bias=bias)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [n, d] -> logits [n, V]."""
-        if isinstance(self.weight, PackedWeight):
-            raw = self.weight.multiply(hidden, transpose=True)
-        else:
+        if isinstance(self.weight, mx.array):
             raw = hidden @ self.weight.T
+        else:
+            raw = self.weight.multiply(hidden, transpose=True)
         raw = raw if self.bias is None else raw + self.bias
         raw = raw if self.scale is None else raw * self.scale
         return raw if self.softcap is None else mx.tanh(raw / self.softcap) * self.softcap
@@ -146,9 +180,9 @@ class HeadParts:
 
     def back(self, rows: mx.array) -> mx.array:
         """Gradient by the products [n, V] -> gradient by the hidden states [n, d]."""
-        if isinstance(self.weight, PackedWeight):
-            return self.weight.multiply(rows, transpose=False)
-        return rows @ self.weight
+        if isinstance(self.weight, mx.array):
+            return rows @ self.weight
+        return self.weight.multiply(rows, transpose=False)
 
     def parameters(self) -> dict[str, mx.array]:
         """The arrays that want a gradient, by field name."""

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from pmetal_distill.labels import IGNORE_INDEX
 from pmetal_distill.losses.blas import multiply_into
-from pmetal_distill.losses.head import PackedWeight
+from pmetal_distill.losses.head import HeadParts, Identity
 from pmetal_distill.losses.host_rows import Array, RowData, Work, process, ranks, to_logits
 from pmetal_distill.losses.job import HeadJob, StepResult, TokenRows
 
@@ -55,9 +55,7 @@ def step(hidden: mx.array, job: HeadJob) -> StepResult:
                 multiply_into(_view(sums["weight"]), rows, h, a_transposed=True, add=True)
             if "bias" in sums:
                 _view(sums["bias"])[:] += rows.sum(axis=0)
-            back = np.empty_like(h)
-            multiply_into(back, rows, tokens.weight)
-            _view(by_hidden)[index] = back
+            _view(by_hidden)[index] = tokens.back(h, rows)
     soft, hard = mx.array(tokens.results.soft), mx.array(tokens.results.hard)
     return StepResult(soft, hard, by_hidden, list(sums.values()))
 
@@ -92,7 +90,7 @@ class _Pass:
 
     def __init__(self, hidden: mx.array, job: HeadJob, *, gradient: bool) -> None:
         self._job = job
-        self._hidden, self.weight = _float32(hidden), _float32(_dense(job.parts.weight))
+        self._hidden, self._weight = _float32(hidden), _dense(job.parts)
         mx.eval(job.labels, job.mask, *job.target.arrays().values())
         self._data, self._valid = _row_data(job), _view(job.labels) != IGNORE_INDEX
         n, vocab = len(self._hidden), job.target.vocab_size
@@ -133,7 +131,10 @@ class _Pass:
             next call.
         """
         h, rows, data = self._hidden[index], self._logits[: len(index)], self._data.rows(index)
-        multiply_into(rows, h, self.weight, b_transposed=True)
+        if self._weight is None:
+            rows[:] = h[:, : rows.shape[1]]
+        else:
+            multiply_into(rows, h, self._weight, b_transposed=True)
         teacher = self._teacher_rows(index)
         size = self._works[0].buffers.shape[1]
         blocks = [slice(i, i + size) for i in range(0, len(index), size)]
@@ -148,6 +149,15 @@ class _Pass:
             self._pool.map(run, self._works, (blocks[i :: len(self._works)] for i in range(len(self._works))))
         )
         return h, rows
+
+    def back(self, h: Array, rows: Array) -> Array:
+        """Gradient by the products [n, V] -> gradient by the hidden states `h` [n, d]."""
+        found = np.zeros_like(h) if self._weight is None else np.empty_like(h)
+        if self._weight is None:
+            found[:, : rows.shape[1]] = rows
+        else:
+            multiply_into(found, rows, self._weight)
+        return found
 
     def _block(self, rows: Array, teacher: Array | None, data: RowData, work: Work, index: Index) -> None:
         valid, results = self._valid[index], self.results
@@ -199,8 +209,12 @@ def _number(value: mx.array | float) -> np.float32:
     return np.float32(np.asarray(value))
 
 
-def _dense(weight: mx.array | PackedWeight) -> mx.array:
-    return weight.unpacked() if isinstance(weight, PackedWeight) else weight
+def _dense(parts: HeadParts) -> Array | None:
+    """The head's matrix; None where the states are logits."""
+    weight = parts.weight
+    if isinstance(weight, Identity):
+        return None
+    return _float32(weight if isinstance(weight, mx.array) else weight.unpacked())
 
 
 def _row_data(job: HeadJob) -> RowData:

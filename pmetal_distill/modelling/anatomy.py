@@ -15,30 +15,53 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from pmetal_distill.modelling.documents import document_caches
-from pmetal_distill.modelling.evidence import FAILURES, Evidence, Probe, vocabulary
+from pmetal_distill.modelling.documents import Window, document_caches
+from pmetal_distill.modelling.evidence import FAILURES, Caches, Evidence, Packed, Probe, vocabulary
 from pmetal_distill.modelling.heads import LinearHead, find_linear_head
 from pmetal_distill.modelling.stand_ins import Given, Path, Tap, at, path_to_blocks, replaced, states_of
 from schemas.errors import ModelError
 
 Packing = Literal["batch", "rows", "none"]
 
-_KV_CACHES = ("KVCache", "RotatingKVCache")
+_KV_CACHES = ("KVCache", "RotatingKVCache", "ConcatenateKVCache", "ChunkedKVCache")
+_STATES = ("ArraysCache", "MambaCache")
 
-_NO_SPLIT = "the head cannot be split off: the model's full call is used, and hidden states are not available"
+_NO_SPLIT = (
+    "the head cannot be split off: the model's full call is used, which is slower and holds the logits of a "
+    "whole batch, and hidden states are not available"
+)
 _NO_MATRIX = (
-    "the head is not a matrix that could be found: the model's own head is called on chunks of tokens"
+    "the head is not a matrix that could be found: the model's own head is called, for a student on a whole "
+    "batch, which is slower"
 )
 _NO_BLOCKS = "the outputs of the blocks cannot be had: hidden-state losses are not available"
-_NO_PACKING = "several documents in one sequence cannot be kept apart: use one document per sequence"
+_NO_PACKING = "several documents in one sequence cannot be kept apart ({}): use one document per sequence"
+_POSITIONS = "it counts positions from the beginning of a sequence, not of a document"
+_OWN_MASK = "its attention makes a mask of its own"
+_WAYS: tuple[Packing, ...] = ("batch", "rows")
+_OTHER_CALL = (
+    "mlx_lm computes something else with a cache, as in generating, than without, as in training; the latter "
+    "is taken"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
-    """One entry of the model's own cache list: the class's name, and its window if it has one."""
+    """One entry of the model's own cache list: the class's name, its window if any, and caches inside it."""
 
     name: str
     max_size: int | None
+    parts: tuple["CacheKind", ...] = ()
+
+    @property
+    def window(self) -> Window:
+        """As `document_caches` takes it."""
+        return tuple(part.window for part in self.parts) if self.parts else self.max_size
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Its class's, or those inside."""
+        return frozenset().union(*(part.names for part in self.parts)) or frozenset([self.name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +76,8 @@ class Anatomy:
         packing: how several documents in a sequence are kept apart: one mask for the batch, one sequence at a
             time, or not at all.
         windows: per cache of the model, its window.
+        needs_caches: whether layers share keys and values through caches, so that without one the model would
+            be another than the one that generates text.
         num_layers, hidden_size, vocab_size: sizes; `hidden_size` is 0 if the model cannot be split.
         notes: what the user should know.
     """
@@ -61,7 +86,8 @@ class Anatomy:
     blocks: Path | None
     head: LinearHead | None
     packing: Packing
-    windows: tuple[int | None, ...]
+    windows: tuple[Window, ...]
+    needs_caches: bool
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -97,35 +123,82 @@ def run_head(model: nn.Module, body: Path, hidden: mx.array) -> mx.array:
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
-def examine(model: nn.Module, caches: Sequence[CacheKind], config: dict[str, Any], *, source: str) -> Anatomy:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subject:
+    """A model and how it is called.
+
+    Attributes:
+        model: of mlx-lm.
+        windows: of its caches.
+        caches: what it is called with.
+    """
+
+    model: nn.Module
+    windows: tuple[Window, ...]
+    caches: Caches
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        logits: mx.array = self.model(token_ids, cache=self.caches())
+        mx.eval(logits)
+        return logits
+
+    def with_stand_ins(self) -> "_Subject":
+        """The same with caches that keep nothing but what layers share."""
+        return _Subject(self.model, self.windows, lambda: document_caches(None, self.windows))
+
+
+def examine(
+    model: nn.Module,
+    kinds: Sequence[CacheKind],
+    config: dict[str, Any],
+    *,
+    source: str,
+    caches: Caches = lambda: None,
+) -> Anatomy:
     """Finds body, blocks, head and packing of a model, and verifies each on a few tokens.
 
+    Args:
+        model: of mlx-lm.
+        kinds: of its caches.
+        config: its configuration.
+        source: what messages call it.
+        caches: makes those that it generates text with.
+
     Raises:
-        ModelError: it is not causal; `source` is what the message calls it.
+        ModelError: it is not causal.
     """
     probe = Probe.below(vocabulary(config))
     tokens = probe.alone
-    logits = model(tokens, cache=None)
-    mx.eval(logits)
-    evidence = Evidence.of(model, probe, logits)
+    subject = _Subject(model, tuple(kind.window for kind in kinds), lambda: None)
+    logits = subject(tokens)
+    evidence = Evidence.of(model, probe, logits, subject.caches)
     if not evidence.causal and not _drops_out(model):
         raise _not_causal(source, evidence)
-    windows = tuple(kind.max_size for kind in caches)
-    body, blocks, hidden = _find_body(model, tokens, logits, evidence.tolerance)
+    packing, why_not = _find_packing(subject, kinds, probe, evidence)
+    called: _Subject | None = subject
+    if packing == "none":
+        called = _as_generating(subject, caches, tokens, logits, evidence.tolerance)
+    if called is not None and called is not subject:
+        subject = called
+        logits = subject(tokens)
+        evidence = Evidence.of(model, probe, logits, subject.caches)
+        packing, why_not = _find_packing(subject, kinds, probe, evidence)
+    body, blocks, hidden = _find_body(subject, tokens, logits, evidence.tolerance)
     head = None if body is None else _find_head(model, body, hidden, config, evidence.roundoff)
-    packing = _find_packing(model, caches, windows, probe, evidence)
     notes = [
+        *([_OTHER_CALL] if called is None else []),
         *([_NO_SPLIT] if body is None else []),
         *([_NO_MATRIX] if body is not None and head is None else []),
         *([_NO_BLOCKS] if body is not None and blocks is None else []),
-        *([_NO_PACKING] if packing == "none" else []),
+        *([_NO_PACKING.format(why_not)] if packing == "none" else []),
     ]
     return Anatomy(
         body,
         blocks,
         head,
         packing,
-        windows,
+        subject.windows,
+        needs_caches=called is not None and subject.caches() is not None,
         num_layers=len(model.layers),
         hidden_size=0 if body is None else hidden.shape[-1],
         vocab_size=logits.shape[-1],
@@ -163,26 +236,47 @@ def _attempt(check: Callable[[], bool]) -> bool:
         return False
 
 
+def _as_generating(
+    subject: _Subject, caches: Caches, tokens: mx.array, logits: mx.array, tolerance: float
+) -> _Subject | None:
+    """The subject, or with stand-ins, whichever gives what the model gives with caches; None if neither.
+
+    `logits` are those of the subject. A model that does not take its own caches is left as it is.
+    """
+    try:
+        expected = subject.model(tokens, cache=caches())
+        mx.eval(expected)
+    except FAILURES:
+        return subject
+    if _agree(logits, expected, tolerance):
+        return subject
+    stand_ins = subject.with_stand_ins()
+    return stand_ins if _attempt(lambda: _agree(stand_ins(tokens), expected, tolerance)) else None
+
+
 def _find_body(
-    model: nn.Module, tokens: mx.array, logits: mx.array, tolerance: float
+    subject: _Subject, tokens: mx.array, logits: mx.array, tolerance: float
 ) -> tuple[Path | None, Path | None, mx.array]:
     """Paths to the body and from it to the blocks, and its states; (None, None, `logits`) without a body."""
+    model = subject.model
     holder = path_to_blocks(model) or ()
     for end in range(len(holder) - 1, 0, -1):
         body = holder[:end]
         for blocks in (holder[end:], None) if isinstance(at(model, body), nn.Module) else ():
-            states = _split(model, body, blocks, tokens, logits, tolerance)
+            states = _split(subject, body, blocks, tokens, logits, tolerance)
             if states is not None:
                 return body, blocks, states
     return None, None, logits
 
 
 def _split(
-    model: nn.Module, body: Path, blocks: Path | None, tokens: mx.array, logits: mx.array, tolerance: float
+    subject: _Subject, body: Path, blocks: Path | None, tokens: mx.array, logits: mx.array, tolerance: float
 ) -> mx.array | None:
     """The states of this body, if the head gives the logits of them, all at once and a few at a time."""
+    model = subject.model
     try:
-        states, found = run_body(model, body, blocks, tokens, None, (0, len(model.layers) - 1))
+        layers = (0, len(model.layers) - 1)
+        states, found = run_body(model, body, blocks, tokens, subject.caches(), layers)
         some = run_head(model, body, states[0, 1:4])
         if states.shape == logits.shape and _agree(states, logits, tolerance):
             return None  # the head is inside
@@ -204,26 +298,31 @@ def _find_head(
 
 
 def _find_packing(
-    model: nn.Module,
-    caches: Sequence[CacheKind],
-    windows: tuple[int | None, ...],
-    probe: Probe,
-    evidence: Evidence,
-) -> Packing:
-    """How packed documents give what each of them gives alone, whatever shares their sequence."""
-    if any(kind.name not in _KV_CACHES for kind in caches):
-        return "none"
-    for packing in ("batch", "rows"):
+    subject: _Subject, kinds: Sequence[CacheKind], probe: Probe, evidence: Evidence
+) -> tuple[Packing, str]:
+    """How packed documents give what each of them gives alone, whatever shares their sequence; or why not."""
+    names = frozenset().union(*(kind.names for kind in kinds))
+    if states := names & frozenset(_STATES):
+        return "none", f"layers carry a state from token to token, {', '.join(sorted(states))}"
+    if unknown := names - frozenset(_KV_CACHES):
+        return "none", f"its caches are of a kind of their own, {', '.join(sorted(unknown))}"
+    found: list[Packed] = []
+    for packing in _WAYS:
 
         def keeps_apart(packing: Packing = packing) -> bool:
-            return evidence.keeps_apart(evidence.packed(run_packed(model, probe, windows, packing)))
+            logits = run_packed(subject.model, probe, subject.windows, packing)
+            found.append(evidence.packed(logits))
+            return evidence.keeps_apart(found[-1])
 
         if _attempt(keeps_apart):
-            return packing
-    return "none"
+            return packing, ""
+    if not found:
+        return "none", "it does not take a mask in the place of its own"
+    apart = min(packed.leak for packed in found) <= evidence.largest_leak
+    return "none", _POSITIONS if apart else _OWN_MASK
 
 
-def run_packed(model: nn.Module, probe: Probe, windows: tuple[int | None, ...], packing: Packing) -> mx.array:
+def run_packed(model: nn.Module, probe: Probe, windows: Sequence[Window], packing: Packing) -> mx.array:
     """Logits [3, 12, V] of the probe's rows, each document kept apart in this way."""
     if packing == "batch":
         logits: mx.array = model(probe.rows, cache=document_caches(probe.documents, windows))

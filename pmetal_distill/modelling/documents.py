@@ -6,10 +6,14 @@ window, and within one document. Positions are not restarted, which changes noth
 differences count (rope).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
+
+Window: TypeAlias = "int | tuple[Window, ...] | None"
+"""Of the real cache of a layer: the tokens that it sees, None for all; one each for a layer with several."""
 
 
 class DocumentMask:
@@ -43,7 +47,7 @@ class DocumentMask:
 
 
 class DocumentCache:
-    """Stands in for the empty key-value cache of one layer.
+    """Stands in for the empty key-value cache of one layer, for one call.
 
     Args:
         mask: shared by the layers of a call.
@@ -51,9 +55,12 @@ class DocumentCache:
     """
 
     offset = 0
+    start_position = 0
 
     def __init__(self, mask: DocumentMask, max_size: int | None = None) -> None:
         self._mask, self._max_size = mask, max_size
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The mask for `length` new tokens; an array whatever `return_array` says."""
@@ -61,17 +68,60 @@ class DocumentCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values so far: the given ones."""
+        self.keys, self.values = keys, values
         return keys, values
 
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The same for a later layer that shares them."""
+        if self.keys is None or self.values is None:
+            raise ValueError("no layer has made keys and values yet")
+        return self.keys, self.values
 
-def document_caches(documents: mx.array | None, max_sizes: tuple[int | None, ...]) -> list[Any]:
-    """One stand-in per cache of the model."""
+    def maybe_trim_front(self) -> None:
+        """Forgets what is out of reach, of which there is nothing yet."""
+
+
+def document_caches(documents: mx.array | None, windows: Sequence[Window]) -> list[Any]:
+    """One stand-in per cache of the model; a tuple of them for a layer with several."""
     mask = DocumentMask(documents)
-    return [DocumentCache(mask, size) for size in max_sizes]
+
+    def stand_in(window: Window) -> Any:
+        return tuple(map(stand_in, window)) if isinstance(window, tuple) else DocumentCache(mask, window)
+
+    return [stand_in(window) for window in windows]
+
+
+def documents_apart(documents: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows with one document each, for models that cannot keep them apart in one.
+
+    Args:
+        documents: integers [B, L]; negative is padding.
+
+    Returns:
+        for each of the D documents, where its tokens are among the B L [D, longest], 0 after its end; and for
+        each token where it is among the D longest [B, L], 0 for padding.
+    """
+    rows = [np.flatnonzero(row == number) for row in documents for number in np.unique(row[row >= 0])]
+    starts = [i * len(row) for i, row in enumerate(documents) for _ in np.unique(row[row >= 0])]
+    longest = max(map(len, rows), default=1)
+    places = np.zeros((max(len(rows), 1), longest), np.int32)
+    back = np.zeros(documents.size, np.int32)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        places[index, : len(row)] = row + start
+        back[row + start] = index * longest + np.arange(len(row))
+    return places, back.reshape(documents.shape)
+
+
+def fits_windows(length: int, windows: Sequence[Window]) -> bool:
+    """Whether no window is shorter than a sequence."""
+    return all(
+        fits_windows(length, window) if isinstance(window, tuple) else window is None or length <= window
+        for window in windows
+    )
 
 
 def holds_one_document(documents: np.ndarray[Any, Any]) -> bool:
-    """Whether each row [B, L] is one document, up to padding (negative numbers) behind it."""
+    """Whether each row [B, L] is one document, up to padding (negative numbers) after it."""
     padding = documents < 0
     padding_is_last = not bool((padding[:, :-1] & ~padding[:, 1:]).any())
     same = (documents == documents[:, :1]) | padding

@@ -12,6 +12,7 @@ counts: real models have tokens at which an output tips over, so that the least 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -24,6 +25,8 @@ from pmetal_distill.modelling.stand_ins import Shaken, with_blocks
 
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model raises that does not take a call."""
+Caches = Callable[[], list[Any] | None]
+"""Makes what a model is called with as `cache`, new for every call."""
 _SHORT, _LONG = 4, 8
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _FEW_TOKENS = 8
@@ -102,15 +105,15 @@ class Evidence:
     alone: mx.array
 
     @classmethod
-    def of(cls, model: nn.Module, probe: Probe, logits: mx.array) -> Self:
-        """Two passes; `logits` [1, 8, V] are those of `probe.alone`."""
-        alone, plain = logits.squeeze(0), model(probe.rows, cache=None)
+    def of(cls, model: nn.Module, probe: Probe, logits: mx.array, caches: Caches = lambda: None) -> Self:
+        """Two passes, called with `caches()`; `logits` [1, 8, V] are those of `probe.alone`."""
+        alone, plain = logits.squeeze(0), model(probe.rows, cache=caches())
         roundoff = unit_roundoff(model, logits)
         leak = median(differences(plain[:2, _SHORT:], alone))
         drift = median(differences(plain[2, :_LONG], alone))
         # Roundings add up like a random walk.
         noise = roundoff * math.sqrt(len(model.layers))
-        shaken = _shaken(model, probe.alone, roundoff)
+        shaken = _shaken(model, probe.alone, roundoff, caches)
         if shaken is not None:
             noise = max(noise, median(differences(shaken.squeeze(0), alone)))
         found = cls(roundoff, noise, leak, drift, alone)
@@ -161,12 +164,12 @@ def unit_roundoff(model: nn.Module, logits: mx.array) -> float:
     return max((sizes[dtype] for dtype in types if dtype in sizes), default=sizes[mx.float32])
 
 
-def _shaken(model: nn.Module, token_ids: mx.array, roundoff: float) -> mx.array | None:
+def _shaken(model: nn.Module, token_ids: mx.array, roundoff: float, caches: Caches) -> mx.array | None:
     """Logits with one rounding of the largest kind after every block; None where blocks do not bear it."""
     blocks = [Shaken(block, 2 * roundoff, seed) for seed, block in enumerate(model.layers)]
     copy = with_blocks(model, blocks)
     try:
-        logits: mx.array | None = None if copy is None else copy(token_ids, cache=None)
+        logits: mx.array | None = None if copy is None else copy(token_ids, cache=caches())
         mx.eval(logits)
     except FAILURES:
         return None

@@ -1,7 +1,9 @@
 """Finds the matrix behind a model's logits, by trying. Costs a few head products on a handful of tokens.
 
 A head is `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, with parts left out. Which matrix it
-is, and which scale and soft-cap, is not read off names but verified against the model's own logits.
+is, and which scale and soft-cap, is not read off names but verified against the model's own logits. Numbers
+that are no round ones of the configuration (mlx-lm's own defaults) are fitted: a soft-cap is where far too
+large hidden states lead.
 """
 
 import math
@@ -18,6 +20,8 @@ _LINEARS = (nn.Linear, nn.QuantizedLinear)
 _PROBE_SIZE = 100.0
 """Largest raw logit of the probe: far into any soft-cap, so that none is missed."""
 _USUAL_SOFTCAPS = (30.0, 15.0)
+_FLAT = (32.0, 1e4)
+"""How much larger than the probe's its logits are made to see where they end; the former fits float16."""
 _SNAP = 0.01
 
 
@@ -149,13 +153,35 @@ def _fit(
     raw, logits = (
         np.array(x.astype(mx.float32), np.float64) for x in (_raw(module, hidden), logits_of(hidden))
     )
-    for softcap in (None, *_softcaps(config)):
+    for softcap in (None, *_softcaps(config), *_fitted_softcap(logits_of, hidden, tolerance)):
         scale = _fit_scale(raw, logits, softcap, config)
         scaled = raw * (1.0 if scale is None else scale)
         expected = scaled if softcap is None else softcap * np.tanh(scaled / softcap)
         if np.abs(expected - logits).max() <= tolerance * np.abs(logits).max():
             return scale, softcap
     return None
+
+
+def _fitted_softcap(
+    logits_of: Callable[[mx.array], mx.array], hidden: mx.array, tolerance: float
+) -> Iterator[float]:
+    """The value at which the largest logit of every row ends; nothing where they do not end."""
+    for factor in _FLAT:
+        rows = mx.stack([mx.abs(logits_of(hidden * f)).max(axis=-1) for f in (factor, 2 * factor)])
+        ends = np.array(rows.astype(mx.float32), np.float64)
+        end = float(ends.max())
+        if math.isfinite(end) and bool((np.abs(ends - end) <= tolerance * end).all()):
+            yield _round(end, tolerance)
+            return
+
+
+def _round(value: float, tolerance: float) -> float:
+    """The number of the fewest digits near it, since people choose such; itself if there is none."""
+    for digits in range(1, 4):
+        short = float(f"{value:.{digits}g}")
+        if abs(short - value) <= tolerance * value:
+            return short
+    return value
 
 
 def _fit_scale(

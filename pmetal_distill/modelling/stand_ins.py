@@ -82,7 +82,7 @@ def at(module: nn.Module, path: Path) -> Any:
 def path_to_blocks(model: nn.Module) -> Path | None:
     """Path to the list that holds `model.layers`."""
     wanted = list(model.layers)
-    for path, value in _lists(model, ()):
+    for path, value in lists_of(model):
         if len(value) == len(wanted) and all(a is b for a, b in zip(value, wanted, strict=True)):
             return path
     return None
@@ -94,9 +94,10 @@ def with_blocks(model: nn.Module, blocks: Sequence[Any]) -> nn.Module | None:
     return None if path is None else replaced(model, path, list(blocks))
 
 
-def _lists(module: nn.Module, prefix: Path) -> Iterator[tuple[Path, list[Any]]]:
+def lists_of(module: nn.Module, prefix: Path = ()) -> Iterator[tuple[Path, list[Any]]]:
+    """Every list of modules, with its path, but those inside of another."""
     for key, value in module.items():
         if isinstance(value, list) and value and isinstance(value[0], nn.Module):
             yield (*prefix, key), value
         elif isinstance(value, nn.Module):
-            yield from _lists(value, (*prefix, key))
+            yield from lists_of(value, (*prefix, key))

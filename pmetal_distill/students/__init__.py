@@ -5,7 +5,7 @@ A student keeps the teacher's tokenizer and vocabulary, so cached ids mean the s
 
 from pmetal_distill.students.fresh import fresh_student, shared_rows
 from pmetal_distill.students.importance import block_influence, influential_layers, neuron_importance
-from pmetal_distill.students.layers import evenly_spaced, prune_layers
+from pmetal_distill.students.layers import evenly_spaced, fitting_layers, prune_layers
 from pmetal_distill.students.making import init_student
 from pmetal_distill.students.pruned import PrunedModel
 from pmetal_distill.students.width import largest, mlp_width, prune_mlp
@@ -14,6 +14,7 @@ __all__ = [
     "PrunedModel",
     "block_influence",
     "evenly_spaced",
+    "fitting_layers",
     "fresh_student",
     "influential_layers",
     "init_student",

@@ -59,7 +59,7 @@ class TestTeacher:
         self, cli: Cli, out: Path, text_file: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("pipeline.calibration.Calibrator.learn", lambda self: pytest.fail("calibrated"))
-        got = cli("cache", "--teacher", tiny_teacher, "--data", text_file, "--out", out)
+        got = cli("cache", "--teacher", tiny_teacher, "--data", text_file, "--out", out, "--sketch-rank", 256)
         size = json.loads((tiny_teacher / "config.json").read_text())["hidden_size"]
         assert got.code == 2
         assert f"sketch rank: must be at most {size}, the hidden size of this teacher, found 256" in got.err

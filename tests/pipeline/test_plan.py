@@ -77,6 +77,14 @@ def test_wrong_wishes(planned: Any, words: tuple[object, ...], message: str) -> 
     assert message in got.err
 
 
+def test_ranks_that_were_not_asked_for_are_those_that_the_teacher_allows(
+    cli: Cli, tiny_teacher: Path, text_file: Path
+) -> None:
+    got = cli("plan", "--teacher", tiny_teacher, "--data", text_file, "--tail", "sketch", "--json")
+    assert got.code == 0, got.err
+    assert {row["rank"] for row in got.json["rows"]} == {32}
+
+
 def test_the_command_repeats_what_was_given() -> None:
     settings = CacheSettings(
         teacher="t",

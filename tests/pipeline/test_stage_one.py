@@ -24,6 +24,7 @@ from pmetal_distill.models import load_model, model_fingerprint
 from pmetal_distill.offline import capture
 from pmetal_distill.offline.reader import LogitCache
 from schemas.errors import CacheError, NonFiniteError
+from tests.pipeline.conftest import Cli
 from tests.precision import near_the_edge
 
 SKETCH = {"tail": "sketch", "sketch_rank": 8, "sketch_step": 0.5, "calibration_tokens": 300}
@@ -320,3 +321,16 @@ def test_few_pieces_of_work_wait_beside_the_caller() -> None:
         for _ in range(RECEIVED_BATCHES + 1):
             do(lambda: None)
         assert time.perf_counter() - start > 0.05
+
+
+def test_the_usual_rank_is_cut_to_what_a_narrow_teacher_allows(
+    cli: Cli, tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    words = ("cache", "--teacher", tiny_teacher, "--data", text_file, "--out", out)
+    got = cli(*words)
+    assert got.code == 0, got.err
+    assert "sketch rank: 32 instead of 256" in got.err
+    assert LogitCache(out).rank == 32
+    assert cli(*words, "--resume").code == 0
+    assert cli(*words, "--resume", "--sketch-rank", 32).code == 0

@@ -16,6 +16,7 @@ from pmetal_distill.models import (
 from schemas.errors import ModelError
 from tests.tiny import random_model, tiny_config
 from tests.zoo import SPLIT, UNPACKED, array, made, separately, some_tokens
+from tests.zoo.configs import small_config
 
 
 class TestBodyAndHead:
@@ -52,6 +53,18 @@ class TestBodyAndHead:
         expected = scaled if softcap is None else softcap * np.tanh(scaled / softcap)
         np.testing.assert_allclose(array(head.logits(hidden)), expected, atol=1e-3)
         np.testing.assert_allclose(array(loaded.logits(hidden)), expected, atol=1e-3)
+
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+    def test_numbers_that_only_mlx_lm_knows(self, dtype: mx.Dtype) -> None:
+        """Their scale and soft-cap are defaults of `ModelArgs`, and stand in no config.json."""
+        config = small_config("muse_glimmer")
+        assert not config.keys() & {"final_logit_softcapping", "output_multiplier"}
+        model = random_model(config)
+        model.set_dtype(dtype)
+        head = wrap_model(model, None, config).head
+        assert head is not None
+        assert head.softcap == model.args.final_logit_softcapping == 20.0
+        assert head.scale == pytest.approx(model.args.output_multiplier, rel=2e-3)
 
     def test_a_head_with_bias(self) -> None:
         head = made("phi").head
@@ -107,9 +120,15 @@ class TestWithoutParts:
         single = np.array([[3] * 8, [5] * 6 + [-1] * 2])
         found = loaded.logits(loaded.hidden(ids, documents=single).final)
         np.testing.assert_allclose(array(found), array(loaded.model(ids)), atol=1e-4)
-        for call in (loaded.hidden, loaded.full):
-            with pytest.raises(ModelError, match="one document per sequence"):
-                call(ids, documents=np.array([[0] * 4 + [1] * 4] * 2))
+        mixed = np.array([[0] * 3 + [1] * 5, [4, 4, -1, -1, 9, 9, 9, 9]])
+        expected = separately(loaded.model, ids, mixed)[mixed >= 0]
+        for documents in (mixed, mx.array(mixed)):
+            states = loaded.hidden(ids, documents=documents, layers=[1])
+            assert states.layers[1].shape == (2, 8, 32)
+            np.testing.assert_allclose(array(loaded.logits(states.final))[mixed >= 0], expected, atol=1e-3)
+            np.testing.assert_allclose(array(loaded.full(ids, documents))[mixed >= 0], expected, atol=1e-3)
+        with pytest.raises(ModelError, match=r"inside mx\.compile.*one document per sequence"):
+            mx.compile(loaded.full)(ids, mx.array(mixed))
 
     def test_a_head_inside_the_body_leaves_the_full_call(self) -> None:
         loaded, ids = made("gpt_neox"), some_tokens(2, 8)

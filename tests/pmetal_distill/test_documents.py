@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from pmetal_distill.modelling.documents import DocumentMask, holds_one_document
 from pmetal_distill.models import wrap_model
@@ -26,6 +26,45 @@ class TestDocuments:
             if loaded.splits:
                 hidden = loaded.hidden(ids, documents=given_documents).final
                 np.testing.assert_allclose(array(loaded.logits(hidden)), expected, atol=1e-4)
+
+    @pytest.mark.parametrize("name", ["deepseek_v32", "longcat_flash", "gemma3n"])
+    def test_layers_of_several_caches_and_shared_ones(self, name: str) -> None:
+        """As the model computes it when it generates text."""
+        loaded, ids = made(name), some_tokens(2, 24)
+        documents = np.array([[0] * 9 + [1] * 15, [7] * 24])
+        expected = separately(loaded.model, ids, documents, lambda: make_prompt_cache(loaded.model))
+        np.testing.assert_allclose(array(loaded.full(ids, documents)), expected, atol=1e-3)
+        whole = array(loaded.model(ids, cache=make_prompt_cache(loaded.model)))
+        np.testing.assert_allclose(array(loaded.full(ids)), whole, atol=1e-3)
+        assert loaded.anatomy.needs_caches is (name == "gemma3n")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("gpt2", "counts positions from the beginning of a sequence"),
+            ("llama4", "a mask of its own"),
+            ("mamba", "carry a state from token to token"),
+            ("deepseek_v41", "caches are of a kind of their own"),
+        ],
+    )
+    def test_why_a_model_does_not_pack(self, name: str, reason: str) -> None:
+        notes = [note for note in made(name).notes if "one document per sequence" in note]
+        assert len(notes) == 1
+        assert reason in notes[0]
+
+    def test_a_model_that_generates_with_another_call_than_it_trains_with(self) -> None:
+        class Two(type(random_model(tiny_config()))):  # type: ignore[misc]
+            def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+                real = cache is not None and isinstance(cache[0], KVCache)
+                logits: mx.array = super().__call__(inputs)
+                return mx.tanh(logits) if real else logits
+
+        config = tiny_config()
+        model = random_model(config)
+        model.__class__ = Two
+        loaded = wrap_model(model, None, config)
+        assert any("something else with a cache" in note for note in loaded.notes)
+        np.testing.assert_array_equal(array(loaded.full(some_tokens(1, 6))), array(model(some_tokens(1, 6))))
 
     def test_a_model_whose_attention_takes_no_batch_of_masks(self) -> None:
         assert made("gemma2").anatomy.packing == "rows"

@@ -1,5 +1,6 @@
 """Small random models of many architectures, and what is known of their heads. Costs milliseconds each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ import numpy as np
 
 from pmetal_distill.models import LoadedModel, wrap_model
 from tests.tiny import random_model, tiny_config
+from tests.zoo.configs import small_config
 
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -95,15 +97,16 @@ UNPACKED: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
     },
 }
-UNSPLIT = {"gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25}}
+UNSPLIT = ("gpt_neox",)
 _made: dict[str, LoadedModel] = {}
 
 
 def made(name: str) -> LoadedModel:
-    """A random model of the table, made once."""
+    """A random model of the tables, or else of `small_config`, made once."""
     if name not in _made:
-        options = SPLIT[name][0] if name in SPLIT else {**UNPACKED, **UNSPLIT}[name]
-        config = tiny_config(model_type=name.split(" ")[0], **options)
+        tables = {**{key: entry[0] for key, entry in SPLIT.items()}, **UNPACKED}
+        own = {"model_type": name.split(" ")[0]}
+        config = tiny_config(**own, **tables[name]) if name in tables else small_config(name)
         _made[name] = wrap_model(random_model(config), None, config)
     return _made[name]
 
@@ -116,11 +119,13 @@ def array(values: mx.array) -> np.ndarray:
     return np.array(values.astype(mx.float32), np.float64)
 
 
-def separately(model: Any, token_ids: mx.array, documents: np.ndarray) -> np.ndarray:
+def separately(
+    model: Any, token_ids: mx.array, documents: np.ndarray, caches: Callable[[], Any] = lambda: None
+) -> np.ndarray:
     """The plain call on every document alone, put back together."""
     ids, out = np.array(token_ids), np.zeros((*token_ids.shape, 320))
     for row in range(len(ids)):
         for number in np.unique(documents[row]):
             where = documents[row] == number
-            out[row, where] = array(model(mx.array(ids[row, where][None])))[0]
+            out[row, where] = array(model(mx.array(ids[row, where][None]), cache=caches()))[0]
     return out
