@@ -5,13 +5,14 @@
     for batch in dataloader:
         loss = distiller.step(batch)
 
-Importing it costs one dlopen (see `_blas`). The public names below are imported with MLX on first use.
+Importing it costs one dlopen (see `_blas`) and claims the name `schemas` (see `_own_packages`).
+The public names below are imported with MLX on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pmetal_distill import _blas
+from pmetal_distill import _blas, _own_packages
 
 if TYPE_CHECKING:
     from pmetal_distill.config import DistillConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pmetal_distill.students import init_student
     from pmetal_distill.target import TeacherTarget
 
+_own_packages.claim("schemas")
 BLAS = _blas.preload()
 
 _PLACES = {
