@@ -249,3 +249,12 @@ def test_json_lines_stay_json(cli: Cli, bucket_cache: Path) -> None:
     facts = cli("inspect", bucket_cache, "--json")
     assert json.loads(facts.out)["target"]["tail"] == "bucket"
     assert facts.err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("tarin", "train"), ("init_student", "init-student"), ("Cache", "cache")]
+)
+def test_a_mistyped_command_gets_a_suggestion(cli: Cli, typed: str, meant: str) -> None:
+    got = cli(typed, "--out", "x")
+    assert got.code == 2
+    assert f"no command '{typed}'; did you mean '{meant}'?" in got.err
