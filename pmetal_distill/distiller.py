@@ -391,8 +391,9 @@ def _aligner(config: DistillConfig, teacher: Teacher, student: LoadedModel) -> H
     if count is None:
         if config.student_layers is None or min(config.hidden_layers) < 0:
             raise UsageError(
-                "hidden_layers: the cache does not say how many layers its teacher has; name student_layers, "
-                "and count hidden_layers from 0"
+                "hidden_layers: the cache must say how many layers its teacher has, which decides the "
+                "student's layer for each, found nothing of it; cache again with --hidden-layers, or train "
+                "from Python with DistillConfig(student_layers=...) and hidden_layers counted from 0"
             )
         count = max(config.hidden_layers) + 1
     pairs = layer_pairs(
