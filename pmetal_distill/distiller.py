@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
+from pmetal_distill.adapters import require_trainable
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
 from pmetal_distill.device import on_cuda, on_gpu
@@ -86,6 +87,7 @@ class Distiller:
         self.config.divergence.check(self.teacher.kind)
         _check_temperature(self.config.temperature, self.teacher)
         self.optimizer = optimizer or optim.AdamW(learning_rate=1e-5)
+        require_trainable(student)
         self.precision = prepare_weights(student.model, self.config.precision, student.stored)
         self.trained = nn.Module()
         self.trained.student = student.model
@@ -117,11 +119,12 @@ class Distiller:
 
         Raises:
             IncompatibleError: the batch does not fit the teacher.
+            ModelError: an operation of the student has no derivative.
             PeerLostError: another process is gone.
         """
         self.trained.train()
         inputs, template = self._inputs(batch)
-        parts, gradients = self._function(inputs, template)(inputs)
+        parts, gradients = self._differentiated(inputs, template)
         if self.world.size > 1:
             parts = LossParts(*self.world.sum(mx.stack(list(parts))))
             gradients = self.world.sum_gradients(gradients)
@@ -260,6 +263,18 @@ class Distiller:
         own = mx.array(np.stack([mask.sum(), labelled.sum()]))
         total = self.world.sum(own)
         return {"counts": total, "own_share": own[0] / mx.maximum(total[0], 1)}
+
+    def _differentiated(self, inputs: Arrays, template: SoftTarget) -> tuple[LossParts, Gradients]:
+        try:
+            return self._function(inputs, template)(inputs)
+        except (ValueError, RuntimeError) as error:
+            if "vjp" not in str(error).lower():  # in whatever MLX says of a derivative that it lacks
+                raise
+            raise ModelError(
+                f"{self.student.source}: all that a student computes must have a derivative, found in the "
+                f"backward pass of mlx-lm's '{self.student.config.get('model_type')}': {error}; take a student "
+                "of another architecture"
+            ) from error
 
     def _function(
         self, inputs: Arrays, template: SoftTarget

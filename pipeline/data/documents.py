@@ -127,6 +127,22 @@ def to_document(record: object, *, source: str, line: int, fields: FieldNames) -
     )
 
 
+def plain_content(message: Message) -> Message:
+    """The message for a chat template that takes strings only; null beside tool calls is an empty one."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    if isinstance(content, list | tuple) and all(_text_of(part) is not None for part in content):
+        return {**message, "content": "".join(str(_text_of(part)) for part in content)}
+    return message
+
+
+def _text_of(part: object) -> str | None:
+    if isinstance(part, Mapping) and part.get("type", "text") == "text":
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
 def describe(value: object) -> str:
     """What a value is, in the words of JSON, for messages."""
     if value is None:

@@ -8,13 +8,14 @@ References:
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.documents import MEND, Document, Message
+from pipeline.data.documents import MEND, Document, Message, plain_content
 from schemas.errors import DataError, ModelError, UsageError
 
 
@@ -139,10 +140,16 @@ def finish_chat(document: Document, found: Sequence[list[int]]) -> TokenizedDocu
 def _apply_template(document: Document, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     from jinja2 import TemplateError
 
+    def applied(messages: list[Message]) -> list[int]:
+        return list(tokenizer.apply_chat_template(messages, return_dict=False, **conversation.options))
+
     try:
-        ids = tokenizer.apply_chat_template(conversation.messages, return_dict=False, **conversation.options)
-        return list(ids)
+        return applied(conversation.messages)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
+        plain = [plain_content(message) for message in conversation.messages]
+        if plain != conversation.messages:
+            with suppress(TemplateError, TypeError, ValueError, KeyError):
+                return applied(plain)
         raise DataError(
             f"{document.where}: the chat template refuses the messages: {error}; {MEND}"
         ) from error

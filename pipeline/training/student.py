@@ -19,16 +19,17 @@ def prepare_student(settings: TrainSettings, console: Console) -> "LoadedModel":
     adapters, whose weights the seed decides, or those of `resume_adapter_file`.
 
     Raises:
-        ModelError: the student cannot be loaded.
+        ModelError: the student cannot be loaded, or not be trained.
         UsageError: quantized weights that would be trained, or adapters that do not fit.
     """
-    from pmetal_distill.adapters import add_adapters, require_dense, train_last_blocks
+    from pmetal_distill.adapters import add_adapters, require_dense, require_trainable, train_last_blocks
     from pmetal_distill.modelling.recompute import recompute_blocks
     from pmetal_distill.models import load_model
 
     student = load_model(settings.student, trust_remote_code=settings.trust_remote_code)
     for note in student.notes:
         console.note(f"student: {note}")
+    require_trainable(student)
     if settings.num_layers > student.num_layers:
         console.note(f"num_layers: {settings.num_layers} wanted, {student.num_layers} there: all are trained")
     if (spec := adapter_spec(settings, student.num_layers)) is not None:
