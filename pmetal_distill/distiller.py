@@ -272,8 +272,8 @@ class Distiller:
                 raise
             raise ModelError(
                 f"{self.student.source}: all that a student computes must have a derivative, found in the "
-                f"backward pass of mlx-lm's '{self.student.config.get('model_type')}': {error}; take a student "
-                "of another architecture"
+                f"backward pass of mlx-lm's '{self.student.config.get('model_type')}': {error}; take a "
+                "student of another architecture"
             ) from error
 
     def _function(
