@@ -20,7 +20,7 @@ from pipeline.console import Console
 from pipeline.data import FieldNames, PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.stage_one import StageOne
-from pipeline.text import TextAhead, pack_settings
+from pipeline.text import TextAhead, note_skipped, pack_settings
 from schemas.errors import FingerprintError, UsageError
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import Dataset
@@ -66,6 +66,7 @@ def run_cache(
         lambda: refuse_used_folder(settings.out, resume=settings.resume),
         otherwise=UsageError(f"{settings.out}: all processes must be able to take it, found one that is not"),
     )
+    note_skipped(settings.data, console)
     with closing(text_ahead(settings)) as text:
         found = _run(settings, console, teacher, world, text)
     return found and {**found, **_whole_time(found["new_tokens"], time.perf_counter() - started)}

@@ -1,5 +1,6 @@
 """`pmetal-pipeline`: the commands and what they share. Help does not import MLX: stages load when run."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
+            close = difflib.get_close_matches(cmd_name.lower().replace("_", "-"), COMMANDS, n=1)
+            if close and not ctx.resilient_parsing:  # which completion does
+                ctx.fail(f"no command '{cmd_name}'; did you mean '{close[0]}'?")
             return None
         command = importlib.import_module(COMMANDS[cmd_name]).command
         assert isinstance(command, click.Command)

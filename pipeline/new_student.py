@@ -125,7 +125,7 @@ def _fresh(wanted: NewStudent, teacher: "LoadedModel") -> dict[str, Any]:
 def _cut(wanted: NewStudent, teacher: "LoadedModel", console: Console) -> dict[str, Any]:
     from pmetal_distill.students import init_student, largest, neuron_importance
 
-    sample = _sample(wanted, teacher)
+    sample = _sample(wanted, teacher, console)
     layers, width = _layers(wanted, teacher, sample, console), _width(wanted, teacher)
     neurons = None
     if width is not None:
@@ -164,15 +164,16 @@ def _width(wanted: NewStudent, teacher: "LoadedModel") -> int | None:
     return max(1, round(wanted.mlp_width * width / _MULTIPLE)) * _MULTIPLE
 
 
-def _sample(wanted: NewStudent, teacher: "LoadedModel") -> list["TokenBatch"]:
+def _sample(wanted: NewStudent, teacher: "LoadedModel", console: Console) -> list["TokenBatch"]:
     """A few sequences, evenly spread over the text."""
     import numpy as np
 
     from pipeline.batching import token_batches
-    from pipeline.text import packed_text
+    from pipeline.text import note_skipped, packed_text
 
     if wanted.data is None:
         return []
+    note_skipped(wanted.data, console)
     data = packed_text(wanted.data, teacher, split=wanted.split, max_seq_len=SAMPLE_LENGTH)
     count = min(SAMPLE_SEQUENCES, data.num_sequences)
     numbers = np.linspace(0, data.num_sequences - 1, count).astype(int).tolist()

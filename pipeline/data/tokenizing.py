@@ -11,6 +11,7 @@ References:
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.answers import Span, answer_spans, assistant_turns, pieces, straddled_spans, token_spans
-from pipeline.data.documents import MEND, Document, Message
+from pipeline.data.documents import MEND, Document, Message, plain_content
 from schemas.errors import DataError, ModelError, UsageError
 
 
@@ -201,11 +202,31 @@ def _encoder(
 
 
 def _template(document: Document, tokenizer: Tokenizer) -> Callable[..., Any]:
+    """Applies the chat template; to plain text, where it does not take parts or missing content."""
+
     def apply(messages: list[Message], **options: Any) -> Any:
         made = tokenizer.apply_chat_template(messages, return_dict=False, tools=_tools(document), **options)
         return made if isinstance(made, str) else list(made)
 
-    return apply
+    def apply_plain(messages: list[Message], **options: Any) -> Any:
+        try:
+            return apply(messages, **options)
+        except _refusals():
+            plain = [plain_content(message) for message in messages]
+            if plain == messages:
+                raise
+            with suppress(*_refusals()):
+                return apply(plain, **options)
+            raise
+
+    return apply_plain
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What templates raise, which are programs of strangers."""
+    from jinja2 import TemplateError
+
+    return (TemplateError, TypeError, ValueError, KeyError)
 
 
 def _tools(document: Document) -> list[Any] | None:
@@ -213,11 +234,9 @@ def _tools(document: Document) -> list[Any] | None:
 
 
 def _refusable(document: Document, function: Callable[[], Any]) -> Any:
-    from jinja2 import TemplateError
-
     try:
         return function()
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except _refusals() as error:
         raise DataError(
             f"{document.where}: the chat template refuses the messages: {error}; {MEND}"
         ) from error

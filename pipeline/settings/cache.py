@@ -35,7 +35,10 @@ class CacheSettings:
         )
     )
     data: str = field(
-        metadata=described("Text: a file or folder of .jsonl, .jsonl.zst, .parquet or .txt.", place=True)
+        metadata=described(
+            "Text: a file or folder of .jsonl, .json, .csv (also .gz, .jsonl.zst), .parquet or .txt.",
+            place=True,
+        )
     )
     out: Path = field(metadata=described("Folder of the new cache."))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(

@@ -85,11 +85,13 @@ class TrainSettings:
 
     foreign_keys: ClassVar[Mapping[str, str]] = {
         "hf_dataset": "download the Parquet files of the data set and give their folder as 'data'",
-        "train": "leave it out, this command trains",
-        "test": "run 'pmetal-pipeline eval' afterwards",
-        "test_batches": "run 'pmetal-pipeline eval' afterwards",
-        "clear_cache_threshold": "leave it out, nothing grows here",
         "config": "leave it out, a configuration file cannot name another",
+    }
+    left_out_keys: ClassVar[Mapping[str, str]] = {
+        "train": "this command trains",
+        "test": "'pmetal-pipeline eval' tests",
+        "test_batches": "'pmetal-pipeline eval' tests",
+        "clear_cache_threshold": "nothing grows here",
     }
 
     student: str = field(

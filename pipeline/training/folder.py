@@ -89,7 +89,8 @@ class RunFolder:
         return TrainSettings(**load_config(self.path / CONFIG, TrainSettings))
 
     def save_settings(self, settings: TrainSettings) -> None:
-        """Writes `config.yaml`, as of a run that begins."""
+        """Writes `config.yaml`, as of a run that begins, or of a finished one that is made longer."""
+        (self.path / RESULT).unlink(missing_ok=True)
         save_config(replace(settings, resume=False), self.path / CONFIG)
 
     def finish(self, result: dict[str, Any]) -> None:

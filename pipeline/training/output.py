@@ -43,7 +43,7 @@ def write_outputs(
     out, written = settings.out, {}
     facts: dict[str, str] = source.describe()
     if settings.fine_tune_type != "full":
-        save_adapters(student.model, out, adapter_config(settings))
+        save_adapters(student.model, out, adapter_config(settings, student.num_layers))
         written["adapters"] = str(out)
     if settings.fine_tune_type == "full" or settings.fuse:
         weights = None if settings.fine_tune_type == "full" else _merged(settings, student, out)
@@ -64,9 +64,9 @@ def _merged(settings: TrainSettings, student: "LoadedModel", folder: Path) -> Ma
     return merged_weights(adapted.model)
 
 
-def adapter_config(settings: TrainSettings) -> dict[str, Any]:
+def adapter_config(settings: TrainSettings, num_blocks: int) -> dict[str, Any]:
     """`adapter_config.json`: the settings that mlx_lm.lora has too, under its names."""
-    spec = adapter_spec(settings)
+    spec = adapter_spec(settings, num_blocks)
     assert spec is not None
     plain = to_plain(settings)
     return {

@@ -38,6 +38,18 @@ from schemas.errors import (
 from schemas.hidden import HiddenBasis, HiddenCodec
 from schemas.manifest import FINGERPRINT_PARTS, CommitRecord, Dataset, FileRef, hashed_name
 
+_OPTIONS = {
+    "teacher": "--teacher",
+    "data": "--data",
+    "packing": "--max-seq-len, --pack, --mask-prompt",
+    "max_sequence_length": "--max-seq-len",
+    "sequences_per_shard": "--sequences-per-shard",
+    "codec": "--sketch-rank, --sketch-step, --calibration-tokens",
+    "target.k": "--top-k",
+    "target.tail": "--tail",
+    "hidden": "--hidden-layers",
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedSequence:
@@ -326,15 +338,23 @@ def _check_same(found: Dataset, wanted: Dataset) -> None:
         differing.append("tokenizer files")
     if differing:
         values = "; ".join(
-            f"{d}: {_value(found, d)} in the cache, {_value(wanted, d)} now" for d in differing[:4]
+            f"{_named(d)}: {_value(found, d)} in the cache, {_value(wanted, d)} now" for d in differing[:4]
         )
         advice = "give the same inputs, or another output folder"
-        raise FingerprintError(f"{DATASET}: the cache must be of the same inputs, {values}; {advice}")
+        raise FingerprintError(f"{values}; {DATASET}: the cache must be of the same inputs; {advice}")
+
+
+def _named(part: str) -> str:
+    """A part with the options that decide it, which is what a user can change."""
+    return f"{_OPTIONS[part]} ({part})" if part in _OPTIONS else part
 
 
 def _value(dataset: Dataset, name: str) -> str:
+    if name in ("teacher", "data") and name in dataset.meta:
+        return f"{dataset.meta[name]} ({dataset.fingerprint[name].removeprefix('sha256:')[:12]})"
     if name in dataset.fingerprint:
-        return repr(dataset.fingerprint[name][:40])
+        value = dataset.fingerprint[name]
+        return repr(value[:40] if value.startswith("sha256:") else value)
     if name.startswith("target."):
         return repr(dataset.target.to_json()[name.removeprefix("target.")])
     return "other" if name == "tokenizer files" else repr(getattr(dataset, name))

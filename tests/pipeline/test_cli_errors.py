@@ -334,3 +334,12 @@ main(["cache", "--teacher", {str(tiny_teacher)!r}, "--data", "x.txt", "--out", {
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {found}")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("tarin", "train"), ("init_student", "init-student"), ("Cache", "cache")]
+)
+def test_a_mistyped_command_gets_a_suggestion(cli: Cli, typed: str, meant: str) -> None:
+    got = cli(typed, "--out", "x")
+    assert got.code == 2
+    assert f"no command '{typed}'; did you mean '{meant}'?" in got.err

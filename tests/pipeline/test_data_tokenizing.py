@@ -123,3 +123,36 @@ def test_long_documents_raise_no_alarm(tokenizer: Any, caplog: pytest.LogCapture
         log.removeHandler(caplog.handler)
     assert len(tokens.token_ids) > tokenizer.model_max_length
     assert caplog.records == []
+
+
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, ""),
+        ({"role": "assistant", "tool_calls": [CALL]}, ""),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "dog."}]},
+            "A dog.",
+        ),
+        ({"role": "user", "content": ["A ", "dog."]}, "A dog."),
+    ],
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_null_and_parts_are_text_to_a_template_that_takes_strings_only(
+    tokenizer: Any, message: dict[str, Any], text: str, batched: bool
+) -> None:
+    def tokens(second: dict[str, Any]) -> list[int]:
+        document = chat(TURNS[0], second)
+        found = next(tokenize_all([document], tokenizer)) if batched else tokenize(document, tokenizer)
+        return found.token_ids.tolist()
+
+    assert tokens(message) == tokens({**message, "content": text})
+
+
+def test_parts_that_are_no_text_are_refused(tokenizer: Any) -> None:
+    document = chat({"role": "user", "content": [{"type": "image", "image": "a.png"}]})
+    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses the messages"):
+        tokenize(document, tokenizer)

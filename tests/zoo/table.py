@@ -19,7 +19,8 @@ the model's own *head* or its *full call* gives those of a whole batch, which is
 share a sequence under one mask for the *batch*, or one for each of its *rows*; else each has its own.
 **exact**: largest difference, in nats, of cached log-probabilities of the eight first choices from what
 mlx-lm gives for each document alone; the cache rounds to 1/128. **full**, **LoRA**: two steps from the
-cache change the weights, or mlx-lm itself cannot train it. **init-student**: one of half of the layers loads and runs.
+cache change the weights, or mlx-lm itself cannot train it. **init-student**: one of half of the layers loads
+and runs.
 
 """
 

@@ -14,6 +14,7 @@ from pipeline.console import Console
 from pipeline.settings import TrainSettings
 
 QUIET = Console(quiet=True)
+# What differs between equal runs; the peak of memory is that of the whole process.
 TIMES = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
 PRELOADED = [
     "pmetal_distill",
