@@ -240,7 +240,7 @@ def test_resume_refuses_another_source(run: Any, truths: list[Truth], tmp_path: 
     run(write_lines(tmp_path / "v.jsonl", [request_output(t, 6) for t in truths]))
     got = run(write_lines(tmp_path / "v.jsonl", [request_output(t, 6) for t in truths[::-1]]), "--resume")
     assert got.code == 1
-    assert "data:" in got.err
+    assert "--data (data): " in got.err
 
 
 def test_provenance_and_what_is_lost_are_written_down(
