@@ -1,4 +1,4 @@
-"""The pictures in README and docs, from the results of other benchmarks and the metrics of a run.
+"""The pictures in README and docs, from the results of other benchmarks and the metrics of runs.
 
 python benchmarks/fidelity.py --json fidelity.json
 python benchmarks/peers.py --json peers.json
@@ -33,7 +33,7 @@ FAMILIES: dict[str, Callable[[str], bool]] = {
     "gmlx": lambda name: name.startswith("gmlx"),
     "DistillKit": lambda name: name.startswith("DistillKit") and name.endswith("bucket"),
     "JSON lines": lambda name: name.startswith("vLLM") and name.endswith("bucket"),
-    "mlx-lm DWQ": lambda name: name.startswith("mlx-lm"),
+    "mlx-lm DWQ": lambda name: name.startswith("mlx-lm") and not name.endswith("in its loss"),
     "mlx-kld": lambda name: name.startswith("mlx-kld"),
     "dense float16": lambda name: name.startswith("dense"),
 }
@@ -44,6 +44,7 @@ GROWTH = {
     "step_mb": "Training step: memory",
 }
 AXES = {"vocab": "V", "k": "k", "rank": "rank", "length": "length", "batch": "batch"}
+CUT = "a third of its teacher's layers, learns from the cache"
 DEFAULT = "top-16 + sketch r=256, step 60"
 
 
@@ -76,7 +77,7 @@ def error_against_bytes(rows: list[dict[str, Any]]) -> Figure:
     )
 
 
-def learning_curve(run: Path) -> Figure:
+def learning_curve(run: Path, name: str, title: str) -> Figure:
     """Divergence and cross-entropy of a run."""
     metrics = read_metrics(run)
     series = [
@@ -85,8 +86,8 @@ def learning_curve(run: Path) -> Figure:
     ]
     said = [f"{s.name} falls from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f} nats" for s in series]
     return line_figure(
-        "learning-curve",
-        "The demo's student, a third of its teacher's layers, learns from the cache",
+        name,
+        title,
         series,
         Axis("training step", tight=True),
         Axis("nats a token; KL at T = 2", from_zero=True),
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="what peers.py wrote")
     parser.add_argument("--growth", type=Path, help="what growth.py wrote")
     parser.add_argument("--run", type=Path, help="folder of a training run")
+    parser.add_argument("--long-run", type=Path, help="folder of the run that docs/precision.md describes")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     figures = []
@@ -163,7 +165,10 @@ def main() -> None:
     if args.growth:
         figures.append(growth(json.loads(args.growth.read_text())))
     if args.run:
-        figures.append(learning_curve(args.run))
+        figures.append(learning_curve(args.run, "learning-curve", f"The demo's student, {CUT}"))
+    if args.long_run:
+        title = "10.3M tokens in mixed precision, stopped and resumed after 200 of 640 steps"
+        figures.append(learning_curve(args.long_run, "long-run", title))
     args.out.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (args.out / f"{figure.name}.svg").write_text(figure.file(), encoding="utf-8")

@@ -28,8 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# The demo's student on two CPU cores (README): what a GPU must reach within the noise of its types.
-CPU_KL = {"kl@1": 3.515, "kl@2": 0.9647}
+# What is left of the divergence after the demo on two CPU cores (README: 3.515 of 11.89, 0.9647 of 3.357). A
+# share, as the demo reads the documentation of the Python that runs it, which differs between versions.
+CPU_SHARE = {"kl@1": 3.515 / 11.89, "kl@2": 0.9647 / 3.357}
 NOISE = 1.02
 LIMIT_SECONDS = 150
 CLI = "from pipeline.cli import main; main()"
@@ -124,12 +125,11 @@ def check_demo(report: Report, folder: Path) -> None:
     """The README's first command, and how close its student is to that of a CPU."""
     started = time.monotonic()
     result = command("demo", "--out", folder, "--overwrite", limit=240)
-    after, report.results["demo"] = result["after"], result
-    close = all(after[name] <= NOISE * value for name, value in CPU_KL.items())
-    figure = (
-        f"KL {after['kl@1']:.3f} / {after['kl@2']:.4f} nats, on a CPU {CPU_KL['kl@1']} / {CPU_KL['kl@2']}"
-    )
-    report.add("demo", close, figure, started)
+    report.results["demo"] = result
+    left = {name: result["after"][name] / result["before"][name] for name in CPU_SHARE}
+    close = all(left[name] <= NOISE * share for name, share in CPU_SHARE.items())
+    parts = (f"{left[name]:.1%} (CPU {share:.1%})" for name, share in CPU_SHARE.items())
+    report.add("demo", close, f"of the first KL are left: {', '.join(parts)}", started)
 
 
 def check_cache(report: Report, demo: Path, out: Path, tail: str) -> None:

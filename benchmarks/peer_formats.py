@@ -114,6 +114,17 @@ def renormalised(stored: Stored, temperature: float, guessed: np.ndarray) -> np.
     return spread(stored, softmax(stored.logprobs, temperature), guessed)
 
 
+def both_renormalised(stored: Stored, temperature: float, guessed: np.ndarray) -> np.ndarray:
+    """What makes of forward KL's gradient that of a loss which renormalises both sides within the head.
+
+    That one is q~ - p~ at the kept tokens, with both made to sum to 1 there, and 0 elsewhere; q less what is
+    returned here is the same.
+    """
+    kept = np.take_along_axis(guessed, stored.ids, axis=1)
+    gap = softmax(stored.logprobs, temperature) - kept / kept.sum(axis=1, keepdims=True)
+    return guessed + spread(stored, gap, guessed)
+
+
 def one_event(stored: Stored, temperature: float, guessed: np.ndarray) -> np.ndarray:
     """All other tokens as one more token, softened like the others; the student's shape within."""
     head = stored.logprobs.astype(np.float64)

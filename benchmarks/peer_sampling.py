@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import zstandard
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.gradients import softmax
@@ -89,3 +90,55 @@ class Sampled:
         with np.errstate(divide="ignore"):
             weight = np.log(stored.counts) + logprobs * (1 / temperature - 1 / self.temperature)
         return spread(stored, softmax(weight, 1), guessed)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSampled(Sampled):
+    """The same samples packed as our own heads are: byte planes of ids by frequency, zstd level 1.
+
+    Ids are numbered by how often they were drawn (the order is a sidecar) and ascend within a position, less
+    the one before; counts are a plane, and so are how many entries a position has and the bytes of its input.
+    """
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"RS-KD, {self.num_samples} samples at T = {self.temperature:g}, packed"
+
+    def write(self, folder: Path, said: Said) -> None:
+        rng = np.random.default_rng(self.seed)
+        drawn = np.concatenate([self.draw(said.logits[part], rng) for part in said.parts()])
+        order = np.argsort(-np.bincount(drawn.ravel(), minlength=said.logits.shape[1]), kind="stable")
+        rank = np.argsort(order)
+        found = [np.unique(row, return_counts=True) for row in rank[drawn]]
+        steps = np.concatenate([np.diff(ids, prepend=0) for ids, _ in found])
+        planes = {
+            "unique": np.array([len(ids) for ids, _ in found]),
+            "counts": np.concatenate([counts for _, counts in found]),
+            **{f"step{i}": steps >> 8 * i & 255 for i in range(3)},
+            **{f"token{i}": said.token_ids >> 8 * i & 255 for i in range(3)},
+        }
+        packed = {
+            name: zstandard.compress(plane.astype(np.uint8).tobytes(), 1) for name, plane in planes.items()
+        }
+        arrays = {name: np.frombuffer(data, np.uint8) for name, data in packed.items()}
+        save_file(arrays, folder / "samples.safetensors")
+        np.save(folder / "sidecar-order.npy", order.astype(np.int32))
+
+    def open(self, folder: Path, said: Said) -> Callable[[], Stored]:
+        order = np.load(folder / "sidecar-order.npy")
+
+        def read() -> Stored:
+            arrays = load_file(folder / "samples.safetensors")
+            planes = {
+                name: np.frombuffer(zstandard.decompress(data.tobytes()), np.uint8).astype(np.int32)
+                for name, data in arrays.items()
+            }
+            there = np.arange(planes["unique"].max()) < planes["unique"][:, None]
+            steps, counts = np.zeros(there.shape, np.int32), np.zeros(there.shape, np.int32)
+            steps[there] = sum(planes[f"step{i}"] << 8 * i for i in range(3))
+            counts[there] = planes["counts"]
+            ids = order[np.cumsum(steps, axis=1)]
+            return Stored(ids, np.where(there, np.float32(0), np.float32(-np.inf)), counts)
+
+        return read

@@ -1,6 +1,6 @@
 """Our cache beside other ways to keep a teacher: bytes, error of the gradient, speed, on the same logits.
 
-    python benchmarks/peers.py [--tokens 6144] [--distillkit CHECKOUT] [--json FILE]
+    python benchmarks/peers.py [--tokens 6144] [--distillkit CHECKOUT] [--only NAME] [--json FILE]
     python benchmarks/figures.py --peers FILE
 
 Bytes are those of the files written, over the tokens of the text; sidecars apart. The error is that of
@@ -39,6 +39,7 @@ from benchmarks.peer_formats import (
     JsonLines,
     Reading,
     Said,
+    both_renormalised,
     everything,
     mass_at_one,
     one_event,
@@ -46,7 +47,7 @@ from benchmarks.peer_formats import (
     uniform,
 )
 from benchmarks.peer_packages import CHUNK, DistillKit, Dwq, Gmlx, MlxKld
-from benchmarks.peer_sampling import Sampled
+from benchmarks.peer_sampling import PackedSampled, Sampled
 from pipeline.demo import demo_teacher
 from pmetal_distill.models import LoadedModel, load_model
 from pmetal_distill.offline.capture import as_numpy
@@ -136,7 +137,7 @@ def peers() -> list[tuple[Format, str, list[tuple[str, Reading, Sequence[float]]
             (Dense(), [("", everything)]),
             *[(JsonLines(20, packed), [zero, bucket]) for packed in (False, True)],
         ],
-        "mlx_lm.quant.dwq": [(Dwq(), [("", renormalised)])],
+        "mlx_lm.quant.dwq": [(Dwq(), [("as a target", renormalised), ("in its loss", both_renormalised)])],
         "gmlx.distill.cache": [(Gmlx(k), [("", mass_at_one)]) for k in (64, 256)],
         "mlx_kld.cache": [(MlxKld(), [("uniform tail", uniform)])],
         "distillkit.compression.compressor": [
@@ -148,9 +149,13 @@ def peers() -> list[tuple[Format, str, list[tuple[str, Reading, Sequence[float]]
         for module, formats in all_of_them.items()
         for made, readings in formats
     ]
-    for t in TEMPERATURES:
-        drawn = Sampled(50, t)
-        found.append((drawn, "", [("", drawn.shares, (t,))]))
+    for kind in (Sampled, PackedSampled):
+        for t in TEMPERATURES:
+            drawn = kind(50, t)
+            found.append((drawn, "", [("", drawn.shares, (t,))]))
+    found += [
+        (drawn, "", [("", drawn.shares, (1.0,))]) for drawn in map(PackedSampled, (100, 150), (1.0, 1.0))
+    ]
     drawn = Sampled(50, 1.0, with_logprobs=True)
     found.append((drawn, "", [("", drawn.weighted, TEMPERATURES)]))
     return found
@@ -188,19 +193,22 @@ def measure(made: Format, said: Said, repeats: int) -> tuple[Any, dict[str, floa
 
 
 def kept(folder: Path) -> list[Path]:
-    """The files that grow with the text: of our cache the shards, of the others all."""
+    """The files that grow with the text: of our cache the shards, of the others all but sidecars."""
     shards = folder / "cache" / "shards"
-    return [file for file in (shards if shards.is_dir() else folder).rglob("*") if file.is_file()]
+    files = (shards if shards.is_dir() else folder).rglob("*")
+    return [file for file in files if file.is_file() and not file.name.startswith("sidecar")]
 
 
-def all_rows(ours: Sequence[Ours], said: Said, repeats: int) -> list[Row]:
-    """Every format written, read and timed."""
+def all_rows(ours: Sequence[Ours], said: Said, repeats: int, only: Sequence[str] = ()) -> list[Row]:
+    """Every format written, read and timed; of others those whose names contain one of `only`, if given."""
     rows = []
     for one in ours:
         stored, result = measure(one, said, repeats)
         rows.append(Row(one.name, one, stored, None, TEMPERATURES, result))
         print(f"{one.name}: {result}", file=sys.stderr, flush=True)
     for made, module, readings in peers():
+        if only and not any(part in made.name for part in only):
+            continue
         if not importable(module):
             continue
         stored, result = measure(made, said, repeats)
@@ -250,7 +258,7 @@ def run(teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace) ->
     ]
     texts = [teacher.tokenizer.decode(window.tolist()) for window in text.windows]
     said = Said(text.windows, np.concatenate(logits), text.states, texts)
-    rows = all_rows(our_formats(fit_on, held, teacher), said, args.repeats)
+    rows = all_rows(our_formats(fit_on, held, teacher), said, args.repeats, args.only)
     measure_errors(rows, text, teacher, student)
     return rows
 
@@ -273,6 +281,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6144, help="evaluation tokens, about")
     parser.add_argument("--repeats", type=int, default=2, help="of writing and reading; the best counts")
     parser.add_argument("--distillkit", type=Path, help="a checkout of DistillKit, which no registry serves")
+    parser.add_argument("--only", action="append", default=[], help="part of the name of a rival; repeatable")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     sys.path += [str(args.distillkit)] if args.distillkit else []

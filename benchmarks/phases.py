@@ -21,40 +21,47 @@ PHASES = {
     "main: judge stretches": "pmetal_distill.steps:Underway.step",
     "threads: encode": "pmetal_distill.offline.shard:ShardDraft.encode",
     "threads: write": "pmetal_distill.offline.shard:ShardDraft.write",
-    "threads: seal": "pmetal_distill.offline.writer:CacheWriter.commit",
+    "threads: flush and read back": "pmetal_distill.offline.shard:ShardDraft.finish",
+    "threads: commit, finishing if not yet done": "pmetal_distill.offline.writer:CacheWriter.commit",
     "threads: hash the weights": "pmetal_distill.models:folder_fingerprint",
     "start: read text": "pipeline.cache:read_data",
     "calibration: all": "pipeline.calibration:Calibrator.learn",
     "calibration: sample": "pipeline.calibration:Calibrator._sampled",
     "calibration: moments": "pmetal_distill.offline.calibrate:sum_moments",
-    "calibration: fit": "pmetal_distill.offline.calibrate:fit_sketch",
+    "calibration: fit": "pmetal_distill.offline.calibrate:fit_basis_linear",
     "calibration: capture": "pmetal_distill.offline.sample:Sample.captured",
     "calibration: codebook": "schemas.codebook:Codebook.fit",
     "calibration: predictor": "pmetal_distill.offline.calibrate:with_predictor",
     "calibration: margin": "pmetal_distill.offline.calibrate:with_best_margin",
-    "calibration and judge: measure": "pmetal_distill.offline.calibrate:measure",
+    "calibration and judge: write and read targets": "pmetal_distill.offline.calibrate:as_stored",
 }
 
 
 @contextmanager
-def timed() -> Iterator[dict[str, float]]:
-    """Seconds by phase of what runs inside the block; complete when it ends."""
+def timed(clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
+    """Seconds by phase of what runs inside the block; complete when it ends.
+
+    Args:
+        clock: what tells the seconds; `time.thread_time` for the CPU time of each thread.
+    """
     seconds: dict[str, float] = defaultdict(float)
     lock = threading.Lock()
     with ExitStack() as stack:
         for phase, target in PHASES.items():
-            stack.enter_context(_wrapped(target, _clock(phase, seconds, lock)))
+            stack.enter_context(_wrapped(target, _clock(phase, seconds, lock, clock)))
         yield seconds
 
 
-def _clock(phase: str, seconds: dict[str, float], lock: Any) -> Callable[[Any], Any]:
+def _clock(
+    phase: str, seconds: dict[str, float], lock: Any, clock: Callable[[], float]
+) -> Callable[[Any], Any]:
     def add(started: float) -> None:
         with lock:
-            seconds[phase] += time.perf_counter() - started
+            seconds[phase] += clock() - started
 
     def around(function: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = clock()
             try:
                 return function(*arguments, **named)
             finally:

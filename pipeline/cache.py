@@ -20,8 +20,8 @@ from pipeline.console import Console
 from pipeline.data import FieldNames, PackedDataset
 from pipeline.settings import CacheSettings
 from pipeline.stage_one import StageOne
-from pipeline.text import TextAhead, pack_settings
-from schemas.errors import UsageError
+from pipeline.text import TextAhead, note_skipped, pack_settings
+from schemas.errors import FingerprintError, UsageError
 from schemas.hidden_spec import HiddenSpec
 from schemas.manifest import Dataset
 from schemas.spec import TargetSpec
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pmetal_distill.parallel import World
 
 ROWS_PER_GROUP = 4096
+# On disk, of real text (`benchmarks/peers.py`): 62.8 with rank 256, and 138.9 with a bucket of 64 entries.
+SKETCH_BYTES, BUCKET_BYTES_AN_ENTRY = 63.0, 2.2
 
 
 def run_cache(
@@ -64,6 +66,7 @@ def run_cache(
         lambda: refuse_used_folder(settings.out, resume=settings.resume),
         otherwise=UsageError(f"{settings.out}: all processes must be able to take it, found one that is not"),
     )
+    note_skipped(settings.data, console)
     with closing(text_ahead(settings)) as text:
         found = _run(settings, console, teacher, world, text)
     return found and {**found, **_whole_time(found["new_tokens"], time.perf_counter() - started)}
@@ -88,6 +91,7 @@ def _run(
         with sharded_model(
             settings.teacher,
             world,
+            dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             on_tokenizer=text.start if world.leads else None,
         ) as share:
@@ -103,6 +107,7 @@ def _fill(
     from pmetal_distill.offline.store import DATASET
     from pmetal_distill.offline.writer import CacheWriter
 
+    require_same_type(settings, teacher)
     # Weights in files are hashed while the text is read and the sample goes through the teacher.
     fingerprint = (in_background if teacher.folder else done)(lambda: model_fingerprint(teacher))
     spec = target_spec(settings, teacher.vocab_size)
@@ -110,6 +115,8 @@ def _fill(
     data = read_data(settings, teacher, text)
     settings = with_rank(settings, teacher, console)
     console.note(_size(data))
+    if hint := sidecar_hint(settings, teacher.vocab_size, data.num_tokens):
+        console.note(hint)
     run = StageOne(settings, teacher, data, spec, hidden, console, rank=world.rank, world_size=world.size)
     if not (settings.out / DATASET).exists():
         run.learn()
@@ -121,6 +128,25 @@ def _fill(
     if not world.leads:
         return {}
     return {**run.summary(), "reading_seconds": text.seconds, **describe_cache(settings.out)}
+
+
+def require_same_type(settings: CacheSettings, teacher: "LoadedModel") -> None:
+    """Refuses to go on with a cache in another type than it began with: rounding would differ inside it.
+
+    Raises:
+        FingerprintError: with both types.
+    """
+    from pmetal_distill.offline.store import DATASET
+
+    try:
+        began = json.loads((settings.out / DATASET).read_text(encoding="utf-8"))["meta"]["teacher_dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a new cache, one that does not say it, or one whose damage is told of where it is opened
+    if began != teacher.dtype:
+        raise FingerprintError(
+            f"dtype: must be {began}, in which the teacher computed when this cache began, found "
+            f"{teacher.dtype}; give --dtype {began}, or choose another --out"
+        )
 
 
 def with_rank(settings: CacheSettings, teacher: "LoadedModel", console: Console) -> CacheSettings:
@@ -164,6 +190,27 @@ def largest_rank(teacher: "LoadedModel") -> int:
 def _size(data: PackedDataset) -> str:
     sequences = f"{data.num_sequences:,} sequences ({data.fill_rate:.0%} full)"
     return f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {sequences}"
+
+
+def sidecar_hint(settings: CacheSettings, vocab_size: int, num_tokens: int) -> str | None:
+    """What to say of a sketch whose basis outweighs what it saves on this text; None where it pays.
+
+    Beside it stands a bucket of four times the head, which needs no basis and is less exact all the same
+    (`benchmarks/peers.py`: 0.222 against 0.046 at T = 2).
+    """
+    if settings.tail != "sketch":
+        return None
+    sidecar = vocab_size * (2 * settings.rank + 4)
+    bucket_k = min(4 * settings.top_k, vocab_size - 1)
+    saved = BUCKET_BYTES_AN_ENTRY * bucket_k - SKETCH_BYTES
+    if saved <= 0 or sidecar <= saved * num_tokens:
+        return None
+    return (
+        f"the basis of a sketch weighs {sidecar / 1e6:.3g} MB, {sidecar / num_tokens:,.0f} bytes for each of "
+        f"these {num_tokens:,} tokens; '--tail bucket --top-k {bucket_k}' has none, takes about "
+        f"{BUCKET_BYTES_AN_ENTRY * bucket_k:.0f} bytes a token and is less exact at T > 1; a sketch is the "
+        f"smaller one from about {float(f'{sidecar / saved:.2g}'):,.0f} tokens on"
+    )
 
 
 def _load_teacher(settings: CacheSettings, console: Console, text: TextAhead) -> "LoadedModel":
@@ -334,20 +381,19 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 def describe_cache(folder: Path) -> dict[str, Any]:
     """Size and cost of a complete cache."""
+    from pipeline.inspection import error_by_stretch, size_of
     from pmetal_distill.offline.reader import LogitCache
 
     cache = LogitCache(folder, verify_hashes="never")
     by_column = cache.bytes_per_token()
-    on_disk = sum(size for name, size in by_column.items() if name not in ("sidecars", "hidden"))
     return {
         "cache": str(folder),
         "sequences": cache.num_sequences,
         "tokens": cache.num_tokens,
         "trained_tokens": cache.num_trained_tokens,
-        "bytes_per_token": on_disk,
         "hidden_bytes_per_token": by_column["hidden"],
-        "sidecar_bytes": round(by_column["sidecars"] * cache.num_tokens),
-        "compression": 2 * cache.dataset.target.vocab_size / on_disk,
+        **size_of(cache, by_column),
+        "stretches": error_by_stretch(cache),
     }
 
 

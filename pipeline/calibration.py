@@ -3,7 +3,8 @@
 The calibration sample is spread over the whole data set. Where it would be a good part of the data, all of it
 is read and the teacher's states are kept for the main pass, so that calibration costs no second forward pass.
 Where the data is longer than one stretch, each stretch is judged by a sample of its own, which stays for the
-main pass too: states of at most 32k tokens, or of one batch. All of it is a pure function of the settings and
+main pass too: states of at most 32k tokens, or of one batch. Of shorter data each quarter is judged, which
+costs no forward pass either, and keeps the one basis. All of it is a pure function of the settings and
 the data, so a resumed run and several workers come to the same.
 """
 
@@ -45,6 +46,7 @@ JUDGED_HELD_BACK_TOKENS = 256
 LEAST_HELD_BACK_TOKENS = 32
 HIDDEN_TOKENS = 4096
 MOST_JUDGED_BATCHES = 4
+PARTS, PART_TEMPERATURES = 4, (1.0, 2.0)
 MOST_KEPT_TOKENS = 1 << 15
 
 
@@ -56,7 +58,8 @@ class Coding:
         sidecars: for the writer.
         map: makes sketch coordinates; None without a sketch.
         measured: errors by name, for the commit records: of text of the stretch, or of the data set's held
-            back sample where it is one stretch. Empty without a sketch.
+            back sample and of each quarter where it is one stretch; `drift` is the largest KL at T = 2 in
+            multiples of that of the sample. Empty without a sketch.
     """
 
     sidecars: "Sidecars"
@@ -97,6 +100,8 @@ class Calibrator:
     forward_seconds: float = 0.0
     sequences_read: Sequence[int] = ()
     _hidden_basis: "HiddenBasis | None" = None
+    _sampled_sequences: frozenset[int] = frozenset()
+    _fitted_documents: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def learn(self) -> "Coding | DriftMonitor":
         """What the whole data set shares: all there is to it, or for a sketch the judge of its stretches."""
@@ -125,7 +130,10 @@ class Calibrator:
 
     def samples(self, *, most: int) -> tuple["Sample", "Sample"]:
         """Rows of the whole data set to fit on and, of other documents, at most `most` to measure on."""
-        return self._split(self._sampled(self.settings.calibration_tokens), most=most)
+        rows = self._sampled(self.settings.calibration_tokens)
+        self._fitted_documents = np.unique(rows.documents[~held_apart(rows.documents)])
+        self._sampled_sequences = frozenset(self.sequences_read)
+        return self._split(rows, most=most)
 
     def plain_coding(self, sample: "Sample", spec: TargetSpec) -> Coding:
         """What shards without a sketch are coded with."""
@@ -147,13 +155,69 @@ class Calibrator:
         known = learned.calibration
         numbers = self._sequences(stretch)
         if len(numbers) == self.runner.dataset.num_sequences:
-            return self.coding(known)
+            return self.coding(known, more=(yield from self._judge_parts(learned)))
         chosen = yield from self.judge(learned, numbers)
         refitted = chosen.basis is not known.basis
-        if refitted:
-            shards = f"shards {stretch.start} to {stretch.stop - 1}"
-            self.console.note(f"{shards}: the text is unlike the sample, so they have a basis of their own")
-        return self.coding(chosen, refitted=refitted)
+        judged = chosen.error is not known.error
+        self._say_drift(learned, chosen, stretch, refitted=refitted)
+        more = {"drift": float(f"{learned.drift(chosen.error):.3g}")} if judged else {}
+        return self.coding(chosen, refitted=refitted, more=more)
+
+    def _say_drift(
+        self, monitor: "DriftMonitor", chosen: "Calibration", stretch: range, *, refitted: bool
+    ) -> None:
+        start = f"shards {stretch.start} to {stretch.stop - 1}: the text is unlike the sample"
+        times = f"{monitor.drift(chosen.error):.2f} times the sample's ({monitor.factor:g} is the bound)"
+        unsettled = monitor.drifted(chosen.error)
+        if refitted and unsettled:
+            self.console.note(f"{start}; with a basis of their own the KL at T = 2 is still {times}")
+        elif refitted:
+            self.console.note(f"{start}, so they have a basis of their own")
+        elif unsettled:
+            self.console.note(f"{start}, and a basis of their own gains nothing: the KL at T = 2 is {times}")
+
+    def _judge_parts(self, monitor: "DriftMonitor") -> "Steps[dict[str, float]]":
+        """Errors of each quarter of the data, for the commit records; in steps."""
+        count = self.runner.dataset.num_sequences
+        edges = [count * part // PARTS for part in range(PARTS + 1)]
+        found: dict[str, float] = {}
+        drifts: dict[int, float] = {}
+        for part, (start, stop) in enumerate(pairwise(edges), 1):
+            held_back = yield from self._held_back_of(range(start, stop))
+            if held_back is None or len(held_back) < LEAST_HELD_BACK_TOKENS:
+                continue
+            error = yield from monitor.errors(held_back)
+            # Few digits: every record of a cache that may be small holds them.
+            found |= {f"part{part}.kl@{t:g}": float(f"{error[t].kl:.3g}") for t in PART_TEMPERATURES}
+            drifts[part] = monitor.drift(error)
+        if not drifts:
+            return found
+        worst = max(drifts, key=lambda part: drifts[part])
+        if drifts[worst] > monitor.factor:
+            self.console.note(
+                f"quarter {worst} of the text is unlike the sample of all of it: its KL at T = 2 is "
+                f"{drifts[worst]:.2f} times the sample's ({monitor.factor:g} is the bound); make "
+                "caches of each kind of text, or raise --calibration-tokens or --sketch-rank"
+            )
+        return found | {"drift": float(f"{drifts[worst]:.3g}")}
+
+    def _held_back_of(self, sequences: range) -> "Steps[Sample | None]":
+        """Rows of a part to measure on, of documents that nothing was fitted on; None without any.
+
+        Where there are too few and not all text was sampled, of sequences that were not.
+        """
+        kept_all = len(self._sampled_sequences) == self.runner.dataset.num_sequences
+        members = [n for n in sequences if kept_all or n not in self._sampled_sequences]
+        if not members:
+            return None
+        most = MOST_JUDGED_BATCHES if kept_all else 1
+        rows = yield from self._rows_of(members, most_batches=most, kept=PARTS)
+        apart = ~np.isin(rows.documents, self._fitted_documents)
+        if np.count_nonzero(apart) < LEAST_HELD_BACK_TOKENS:
+            if kept_all:
+                return None
+            apart[:] = True
+        return self._sample(rows[apart]).thinned(JUDGED_HELD_BACK_TOKENS)
 
     def forget_before(self, stretch: range) -> None:
         """Gives up kept states of what lies before a stretch."""
@@ -168,26 +232,42 @@ class Calibrator:
 
     def samples_of(self, sequences: range) -> "Steps[tuple[Sample, Sample]]":
         """Rows of a stretch to fit on and, of other documents, to measure on; in steps."""
+        # Those of the stretch before may still be waiting for their turn.
+        rows = yield from self._rows_of(sequences, most_batches=MOST_JUDGED_BATCHES, kept=2)
+        return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
+
+    def _rows_of(self, sequences: Sequence[int], *, most_batches: int, kept: int) -> "Steps[SampledRows]":
+        """Rows of a few batches, evenly spread over sequences, of which there are some; in steps.
+
+        Args:
+            sequences: ascending.
+            most_batches: how many batches.
+            kept: calls of which the states may wait for the main pass at once.
+        """
         starts = sorted({self.runner.batch_of(number).start for number in sequences})
         size = self.settings.batch_size * self.settings.max_seq_len
-        count = max(1, min(len(starts), MOST_JUDGED_BATCHES, MOST_KEPT_TOKENS // size))
+        count = max(1, min(len(starts), most_batches, MOST_KEPT_TOKENS // size))
         chosen = {starts[i] for i in np.linspace(0, len(starts) - 1, count).astype(int)}
         members = [n for n in sequences if self.runner.batch_of(n).start in chosen]
         total = self._num_targets(members)
         self.sequences_read = members
-        # Those of the stretch before may still be waiting for their turn.
-        self.runner.keep_tokens = max(self.runner.keep_tokens, 2 * count * size)
-        rows = yield from SampledRows.gathering(
-            self.runner.run(members, keep=True), total, most=JUDGED_TOKENS
-        )
-        return self._split(rows, most=JUDGED_HELD_BACK_TOKENS)
+        self.runner.keep_tokens = max(self.runner.keep_tokens, kept * count * size)
+        found = self.runner.run(members, keep=True)
+        return (yield from SampledRows.gathering(found, total, most=JUDGED_TOKENS))
 
-    def coding(self, calibration: "Calibration", *, refitted: bool = False) -> Coding:
+    def coding(
+        self,
+        calibration: "Calibration",
+        *,
+        refitted: bool = False,
+        more: Mapping[str, float] | None = None,
+    ) -> Coding:
         """What shards with this calibration are coded with."""
         from pmetal_distill.offline.writer import Sidecars
 
         sidecars = Sidecars(calibration.basis, calibration.codebook, self._hidden_basis)
-        return Coding(sidecars, calibration.map, {**calibration.measured(), "refitted": float(refitted)})
+        measured = {**calibration.measured(), "refitted": float(refitted), **(more or {})}
+        return Coding(sidecars, calibration.map, measured)
 
     def _sequences(self, stretch: range) -> range:
         per_shard, count = self.settings.sequences_per_shard, self.runner.dataset.num_sequences

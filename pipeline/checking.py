@@ -48,6 +48,7 @@ def repair(cache: Path, console: Console, *, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "shards": report.shards,
         "moved": report.moved,
+        "mended": report.mended,
         "left": [str(finding) for finding in report.left],
     }
 
@@ -56,6 +57,7 @@ def repair_text(report: dict[str, Any]) -> str:
     """`repair` for people."""
     verb = "would move" if report["dry_run"] else "moved"
     lines = [f"{verb} to quarantine: {name}" for name in report["moved"]]
+    lines += [f"{'would mend' if report['dry_run'] else 'mended'}: {name}" for name in report["mended"]]
     lines += [f"cannot be repaired: {message}" for message in report["left"]]
     if report["shards"]:
         lines.append(f"shards to write again: {report['shards']}; run 'pmetal-pipeline cache --resume'")
@@ -64,8 +66,7 @@ def repair_text(report: dict[str, Any]) -> str:
 
 @contextmanager
 def _shards(console: Console, label: str, cache: Path) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as a function of (shards done, shards in total)."""
-    from pmetal_distill.offline.store import Store
-
-    with console.progress(label, total=len(Store.open(cache).committed()), unit="shards") as progress:
+    """A progress bar, as a function of (shards done, shards in total); counts records of any condition."""
+    total = sum(1 for _ in (cache / "commits").glob("[0-9]*.json"))
+    with console.progress(label, total=total, unit="shards") as progress:
         yield lambda done, total: progress.advance(1)

@@ -1,5 +1,6 @@
 """`pmetal-pipeline`: the commands and what they share. Help does not import MLX: stages load when run."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
+            close = difflib.get_close_matches(cmd_name.lower().replace("_", "-"), COMMANDS, n=1)
+            if close and not ctx.resilient_parsing:  # which completion does
+                ctx.fail(f"no command '{cmd_name}'; did you mean '{close[0]}'?")
             return None
         command = importlib.import_module(COMMANDS[cmd_name]).command
         assert isinstance(command, click.Command)
@@ -80,6 +84,19 @@ def prepare_process(words: Sequence[str]) -> None:
         kernel_warmup.begin(["bfloat16", "float32"])
 
 
+def _of_the_system(error: Exception) -> str | None:
+    """What to do about an error that says that the system gives no more of something; None for any other."""
+    if isinstance(error, MemoryError):
+        return (
+            "memory: must suffice for the command, found none left; lower --batch-size or raise 'ulimit -v'"
+        )
+    if "not allowed to raise maximum limit" in str(error):
+        return "open files: mlx_lm must be allowed 4,096, found a lower limit; raise it with 'ulimit -n 4096'"
+    if "can't start new thread" in str(error):
+        return "threads: must be to be had, found none left; raise 'ulimit -v' and 'ulimit -u'"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if arguments is None:
@@ -98,6 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename else ""
         advice = "check the path, its permissions and the space on its disk"
         click.echo(printable(f"error: {place}{error.strerror or error}; {advice}"), err=True)
+        sys.exit(1)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if (said := _of_the_system(error)) is None:
+            raise
+        click.echo(f"error: {said}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt) as stop:
         said = str(stop.__cause__ or stop) or "interrupted; what was committed is kept, --resume continues"

@@ -6,8 +6,8 @@
 
 The dataclass is the schema: field types are enforced, nested dataclasses are nested mappings. A field's
 `metadata["aliases"]` are other names of its key; the class attribute `foreign_keys` maps keys of other tools
-to what to do instead. YAML is read as PyYAML reads it, except that `1e-5` is a number and a key given
-twice an error.
+to what to do instead, and `left_out_keys` those that may stand in a file to the reason why they do nothing.
+YAML is read as PyYAML reads it, except that `1e-5` is a number and a key given twice an error.
 """
 
 import dataclasses
@@ -35,13 +35,24 @@ def load_config(path: Path, cls: type[Any]) -> dict[str, Any]:
     Raises:
         UsageError: unreadable, not YAML, an unknown or duplicate key, a wrong type; with the line.
     """
+    return read_config(path, cls)[0]
+
+
+def read_config(path: Path, cls: type[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `load_config` returns, and the keys that were left out with the reason.
+
+    Args, Raises: as for `load_config`.
+    """
     values, lines = read_yaml(path)
+    unused: Mapping[str, str] = getattr(cls, "left_out_keys", {})
+    left_out = {key: unused[key] for key in values if key in unused}
+    values = {key: value for key, value in values.items() if key not in left_out}
 
     def where(keys: Keys) -> str:
         line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), 1)
         return f"{path}:{line}: '{'.'.join(keys)}'"
 
-    return check_keys(values, cls, where)
+    return check_keys(values, cls, where), left_out
 
 
 def resolve(cls: type[T], file_values: Mapping[str, Any], cli_values: Mapping[str, Any]) -> T:

@@ -63,6 +63,7 @@ class _Lines:
 
     def tell(self, remark: str) -> None:
         self.remark = remark
+        self.advance(0)
 
     def write(self) -> None:
         self.last = time.monotonic()

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from pipeline.config import load_config, resolve
 from pipeline.settings import TrainSettings
-from pipeline.training.folder import CONFIG
+from pipeline.training.finished import CONFIG, MODEL, TRAINED, check_run
 from pipeline.training.holdout import Holdout
-from pipeline.training.output import MODEL
 from schemas.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ def load_subject(
 
     Raises:
         ModelError: a run that has written no model yet, or a model that cannot be loaded.
+        CorruptionError: the model of a finished run is not what the run wrote.
     """
     from pmetal_distill.adapters import load_adapted
     from pmetal_distill.models import load_model
@@ -61,10 +61,11 @@ def plain_model(place: str, *, trust_remote_code: bool = False) -> Iterator[Path
 
 
 def _model_folder(place: str) -> str | None:
-    """Where the model lies; None for adapters."""
+    """Where the model lies, after it is checked to be what its run wrote; None for adapters."""
     from pmetal_distill.adapters import ADAPTERS
 
     run = Path(place)
+    check_run(run.parent if run.name == MODEL else run, TRAINED)
     if (run / MODEL / "config.json").is_file():
         return str(run / MODEL)
     if (run / ADAPTERS).is_file():

@@ -1,5 +1,6 @@
 """What is in a cache, and what the teacher said at one position, as text. Costs one row group."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from pmetal_distill.offline.reader import LogitCache
 
 CONTEXT_TOKENS = 48
+SHOWN_STRETCHES = 12
+SIZES = {
+    "bytes_per_token": "bytes/token",
+    "sidecar_bytes": "bytes of sidecars",
+    "bytes_per_token_with_sidecar": "bytes/token with sidecars",
+    "refit_bytes_per_token": "bytes/token of further bases",
+    "compression": "times smaller than float16 logits",
+    "compression_with_sidecar": "the same with sidecars",
+}
+"""Names of what `size_of` gives, in the order in which they are shown."""
 
 
 def describe(folder: Path | str) -> dict[str, Any]:
@@ -22,7 +33,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
     cache = LogitCache(folder, allow_partial=True, verify_hashes="never")
     dataset = cache.dataset
     columns = cache.bytes_per_token() if cache.num_tokens else {}
-    on_disk = sum(size for name, size in columns.items() if name not in ("sidecars", "hidden"))
+    size = size_of(cache, columns) if columns else {"bytes_per_token": 0}
     return {
         "cache": str(folder),
         "shards": f"{len(cache.records)} of {dataset.num_shards}",
@@ -32,11 +43,32 @@ def describe(folder: Path | str) -> dict[str, Any]:
         "target": dataset.target.to_json(),
         "hidden": dataset.hidden.to_json() if dataset.hidden else None,
         "bases": list(cache.basis_names),
-        "bytes_per_token": on_disk,
+        **size,
         "bytes_per_token_by_column": columns,
         "measured": measured(cache),
+        "stretches": error_by_stretch(cache),
         "fingerprint": dataset.fingerprint,
         "meta": dataset.meta,
+    }
+
+
+def size_of(cache: "LogitCache", columns: dict[str, float]) -> dict[str, float]:
+    """Bytes a token and how many times smaller than float16 logits, without the sidecars and with them.
+
+    `refit_bytes_per_token` is what all bases but one weigh, over all tokens.
+    """
+    apart = ("sidecars", "hidden")
+    on_disk = sum(size for name, size in columns.items() if name not in apart)
+    full = 2 * cache.dataset.target.vocab_size
+    bases = {ref.name: ref.num_bytes for record in cache.records if (ref := record.basis)}
+    further = sum(bases.values()) - max(bases.values(), default=0)
+    return {
+        "bytes_per_token": on_disk,
+        "sidecar_bytes": round(columns["sidecars"] * cache.num_tokens),
+        "bytes_per_token_with_sidecar": on_disk + columns["sidecars"],
+        "refit_bytes_per_token": further / cache.num_tokens,
+        "compression": full / on_disk,
+        "compression_with_sidecar": full / (on_disk + columns["sidecars"]),
     }
 
 
@@ -50,11 +82,57 @@ def measured(cache: "LogitCache") -> dict[str, float]:
     return result
 
 
+def error_by_stretch(cache: "LogitCache") -> list[dict[str, Any]]:
+    """Errors of each run of shards that was judged together, or of each quarter of shorter text.
+
+    Each has `text`, which part it is; `kl@1` and `kl@2` on its own text; `drift`, its KL at T = 2 in
+    multiples of that of the sample of the whole text, None in older caches; `refitted`, whether it has a
+    basis of its own; and `unlike`, whether the drift is beyond the bound.
+    """
+    from pmetal_distill.offline.calibrate import DRIFT_FACTOR
+
+    found: list[dict[str, Any]] = []
+    for _, group in groupby(cache.records, key=lambda r: [r.measured.get(n) for n in _OF_A_STRETCH]):
+        records = list(group)
+        values = records[0].measured
+        if "kl@2" not in values:
+            continue
+        parts = sorted({name.partition(".")[0] for name in values if name.startswith("part")})
+        if not parts:
+            text = f"shards {records[0].shard} to {records[-1].shard}"
+            found.append({"text": text, "kl@1": values.get("kl@1"), "kl@2": values["kl@2"]})
+            found[-1] |= {"drift": values.get("drift"), "refitted": bool(values.get("refitted"))}
+        elif not found:  # the same in all shards
+            for part in parts:
+                kl = values[f"{part}.kl@2"]
+                found.append({"text": f"quarter {part[4:]}", "kl@1": values.get(f"{part}.kl@1"), "kl@2": kl})
+                found[-1] |= {"drift": kl / values["kl@2"] if values["kl@2"] else None, "refitted": False}
+    return [row | {"unlike": (row["drift"] or 0.0) > DRIFT_FACTOR} for row in found]
+
+
+_OF_A_STRETCH = ("kl@1", "kl@2", "drift", "refitted")
+
+
+def stretches_text(rows: list[dict[str, Any]]) -> str:
+    """`error_by_stretch` for people: of many, those furthest from the sample; empty where there is one."""
+    if len(rows) < 2:
+        return ""
+    shown = sorted(rows, key=lambda row: -(row["drift"] or 0.0))[:SHOWN_STRETCHES]
+    columns = ["KL(teacher || cached)", "T=1", "T=2", "times the sample's", ""]
+    lines = []
+    for row in [row for row in rows if row in shown]:
+        remarks = ["a basis of its own"] * row["refitted"] + ["unlike the sample"] * row["unlike"]
+        drift = "" if row["drift"] is None else row["drift"]
+        lines.append([row["text"], row["kl@1"], row["kl@2"], drift, ", ".join(remarks)])
+    text = table(columns, lines)
+    return text if len(shown) == len(rows) else f"{text}\nand {len(rows) - len(shown)} stretches nearer to it"
+
+
 def describe_text(facts: dict[str, Any]) -> str:
     """`describe` for people."""
-    simple = ("cache", "shards", "sequences", "tokens", "trained_tokens", "bytes_per_token")
+    simple = ("cache", "shards", "sequences", "tokens", "trained_tokens", *SIZES)
     target, columns = facts["target"], facts["bytes_per_token_by_column"]
-    lines = [(name.replace("_", " "), facts[name]) for name in simple]
+    lines = [(SIZES.get(name, name.replace("_", " ")), facts[name]) for name in simple if name in facts]
     lines += [
         ("vocabulary", target["vocab_size"]),
         ("head", f"top {target['k']} log-probabilities, grid {target['logprob_step']:g} nats"),
@@ -68,7 +146,10 @@ def describe_text(facts: dict[str, Any]) -> str:
         table(["column", "bytes a token"], [[n, round(v, 3)] for n, v in columns.items()]),
     ]
     if facts["measured"]:
-        parts.append(table(["measured while caching", ""], list(facts["measured"].items())))
+        shown = [[name, value] for name, value in facts["measured"].items() if not name.startswith("part")]
+        parts.append(table(["measured while caching", ""], shown))
+    if by_stretch := stretches_text(facts["stretches"]):
+        parts.append(by_stretch)
     return "\n\n".join(parts)
 
 

@@ -3,7 +3,6 @@
 Measuring layers costs a pass of 2,048 tokens for each layer that is left out, measuring neurons one.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,17 +103,21 @@ def make_student(wanted: NewStudent, console: Console) -> dict[str, Any]:
 
 
 def _fresh(wanted: NewStudent, teacher: "LoadedModel") -> dict[str, Any]:
+    from pmetal_distill.modelling.configs import check_config
+    from pmetal_distill.plain_files import json_object, open_regular
     from pmetal_distill.students import fresh_student, shared_rows
 
     assert wanted.from_config is not None
     try:
-        config = json.loads(wanted.from_config.read_text(encoding="utf-8"))
+        with open_regular(wanted.from_config) as file:
+            config = json_object(file.read())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{wanted.from_config}: must be a config.json, found {error}; give another"
         ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if "model_type" not in config:
         raise UsageError(f"{wanted.from_config}: must be a config.json with model_type; give another")
+    check_config(config, where=str(wanted.from_config))
     fresh_student(config, teacher.tokenizer, wanted.out, wanted.seed, teacher=teacher)
     return {"layers": config.get("num_hidden_layers"), "embedding_rows": shared_rows(config, teacher)}
 
@@ -122,7 +125,7 @@ def _fresh(wanted: NewStudent, teacher: "LoadedModel") -> dict[str, Any]:
 def _cut(wanted: NewStudent, teacher: "LoadedModel", console: Console) -> dict[str, Any]:
     from pmetal_distill.students import init_student, largest, neuron_importance
 
-    sample = _sample(wanted, teacher)
+    sample = _sample(wanted, teacher, console)
     layers, width = _layers(wanted, teacher, sample, console), _width(wanted, teacher)
     neurons = None
     if width is not None:
@@ -161,15 +164,16 @@ def _width(wanted: NewStudent, teacher: "LoadedModel") -> int | None:
     return max(1, round(wanted.mlp_width * width / _MULTIPLE)) * _MULTIPLE
 
 
-def _sample(wanted: NewStudent, teacher: "LoadedModel") -> list["TokenBatch"]:
+def _sample(wanted: NewStudent, teacher: "LoadedModel", console: Console) -> list["TokenBatch"]:
     """A few sequences, evenly spread over the text."""
     import numpy as np
 
     from pipeline.batching import token_batches
-    from pipeline.text import packed_text
+    from pipeline.text import note_skipped, packed_text
 
     if wanted.data is None:
         return []
+    note_skipped(wanted.data, console)
     data = packed_text(wanted.data, teacher, split=wanted.split, max_seq_len=SAMPLE_LENGTH)
     count = min(SAMPLE_SEQUENCES, data.num_sequences)
     numbers = np.linspace(0, data.num_sequences - 1, count).astype(int).tolist()

@@ -274,8 +274,10 @@ def run_plan(
 
 def _totals(row: Mapping[str, Any], data: PackedDataset) -> dict[str, float]:
     per_token = row["bytes_per_token"] + row["hidden_bytes_per_token"]
+    disk_bytes = per_token * data.num_tokens + row["sidecar_bytes"]
     return {
-        "disk_bytes": per_token * data.num_tokens + row["sidecar_bytes"],
+        "disk_bytes": disk_bytes,
+        "bytes_per_token_with_sidecar": disk_bytes / data.num_tokens,
         "seconds": data.num_tokens / row["tokens_per_second"] + row["calibration_seconds"],
     }
 
@@ -286,7 +288,7 @@ def _choose(tried: list[CacheSettings], rows: list[dict[str, Any]], target: Targ
     best = min(row[name] for row in rows)
     if not reached:
         return {"chosen": None, "command": None, "best": best}
-    chosen = min(reached, key=lambda i: cast(float, rows[i]["bytes_per_token"]))
+    chosen = min(reached, key=lambda i: cast(float, rows[i]["disk_bytes"]))
     return {"chosen": rows[chosen], "command": command_of(tried[chosen]), "best": best}
 
 
@@ -324,7 +326,8 @@ def plan_text(plan: Mapping[str, Any], target: Target | None) -> str:
         for row in plan["rows"]
     ]
     text = [
-        f"{plan['tokens']:,} tokens; errors of the gradient at T on held-back text, as `cache` records them",
+        f"{plan['tokens']:,} tokens; errors of the gradient at T on held-back text, as `cache` records "
+        "them;\nB/token without sidecars, disk MB with them",
         table(header, lines),
         f"peak memory: {plan['peak_memory_bytes'] / 1e9:.2f} GB",
     ]

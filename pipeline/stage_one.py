@@ -245,11 +245,12 @@ class StageOne:
         try:
             for sequence in batch.sequences():
                 out.add(sequence)
-                self.tokens += len(sequence.token_ids)
-                progress.advance(len(sequence.token_ids))
         except NonFiniteError:
             self._failed = batch.states.batch.sequences
             raise
+        tokens = sum(batch.states.batch.lengths)
+        self.tokens += tokens
+        progress.advance(tokens)
 
 
 def queue_batch(

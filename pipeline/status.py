@@ -1,17 +1,17 @@
 """How far a cache or a run has come, while it is being made or after. Costs a listing of small files."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import load_config
 from pipeline.console import aligned
 from pipeline.settings import TrainSettings
-from pipeline.training.folder import CONFIG, METRICS
+from pipeline.training.finished import CONFIG, METRICS, SMALL, check_run, last_report
 from pmetal_distill.offline.commit import DATASET
 from schemas.errors import UsageError
 
+_ITERS = next(field.default for field in fields(TrainSettings) if field.name == "iters")
 SHOWN = ("loss", "soft", "hard", "hidden", "learning_rate", "temperature", "tokens_per_second")
 
 
@@ -20,6 +20,7 @@ def status(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: it is neither.
+        DataError, CorruptionError: a run's files are damaged, or not what it wrote.
     """
     if (folder / DATASET).exists():
         return _cache(folder)
@@ -69,7 +70,8 @@ def _cache(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    iters = int(load_config(folder / CONFIG, TrainSettings)["iters"])
+    check_run(folder, SMALL)
+    iters = int(load_config(folder / CONFIG, TrainSettings).get("iters", _ITERS))
     last = last_report(folder / METRICS)
     done = int(last.get("iteration", 0))
     per_step = last["seconds"] / done if done else None
@@ -81,20 +83,3 @@ def _run(folder: Path) -> dict[str, Any]:
         "complete": done >= iters,
         "seconds_left": None if per_step is None else per_step * (iters - done),
     }
-
-
-def last_report(path: Path) -> dict[str, Any]:
-    """The last whole training report of a metrics file; empty if there is none.
-
-    A line that is being written is not there yet.
-    """
-    if not path.exists():
-        return {}
-    for line in reversed(path.read_bytes().splitlines()):
-        try:
-            report = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(report, dict) and "loss" in report:
-            return report
-    return {}

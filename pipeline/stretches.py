@@ -42,11 +42,9 @@ class Stretches:
 
     def go_on(self, shard: int) -> None:
         """To be called between the batches of a shard: another step of judging the next stretch."""
-        stretch = self._of[shard]
-        coming = self._after.get(stretch)
-        if coming is None or 2 * (shard - stretch.start + 1) < len(stretch):
-            return
-        self._judging(coming).step()
+        coming = self._after.get(self._of[shard])
+        if coming is not None:
+            self._judging(coming).step()
 
     def _judging(self, stretch: range) -> "Underway[Coding]":
         from pmetal_distill.steps import Underway

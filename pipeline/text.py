@@ -15,11 +15,13 @@ from pipeline.data import (
     TokenizedDocument,
     load_documents,
     pack,
+    skipped_files,
     tokenize_batches,
 )
 from pipeline.data.prefetch import Prefetch
 
 if TYPE_CHECKING:
+    from pipeline.console import Console
     from pmetal_distill.models import LoadedModel
 
 # Of documents that are tokenized and not yet packed, which happens only while a model is loaded.
@@ -84,6 +86,13 @@ class TextAhead:
 
 def _bytes(batch: list[TokenizedDocument]) -> int:
     return sum(document.token_ids.nbytes + _DOCUMENT_BYTES for document in batch)
+
+
+def note_skipped(data: str, console: "Console") -> None:
+    """Says which files of a folder are not read as text."""
+    if skipped := skipped_files(data):
+        names = ", ".join(str(file.relative_to(data)) for file in skipped)
+        console.note(f"{data}: left out {names}, which the extension and the name take for no text")
 
 
 def packed_text(

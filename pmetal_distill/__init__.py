@@ -5,24 +5,27 @@
     for batch in dataloader:
         loss = distiller.step(batch)
 
-Importing it costs one dlopen (see `_blas`). The public names below are imported with MLX on first use.
+Importing it costs one dlopen (see `_blas`) and claims the name `schemas` (see `_own_packages`).
+The public names below are imported with MLX on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pmetal_distill import _blas
+from pmetal_distill import _blas, _own_packages
 
 if TYPE_CHECKING:
     from pmetal_distill.config import DistillConfig
     from pmetal_distill.distiller import Distiller
     from pmetal_distill.losses import Divergence, HiddenStateLoss, LossParts
+    from pmetal_distill.losses.named import JensenShannonLoss, KLDivergenceLoss, SoftCrossEntropyLoss
     from pmetal_distill.models import LoadedModel, load_model, save_model
     from pmetal_distill.offline.reader import LogitCache
     from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
     from pmetal_distill.students import init_student
     from pmetal_distill.target import TeacherTarget
 
+_own_packages.claim("schemas")
 BLAS = _blas.preload()
 
 _PLACES = {
@@ -31,9 +34,12 @@ _PLACES = {
     "Distiller": "pmetal_distill.distiller",
     "Divergence": "pmetal_distill.losses",
     "HiddenStateLoss": "pmetal_distill.losses",
+    "JensenShannonLoss": "pmetal_distill.losses.named",
+    "KLDivergenceLoss": "pmetal_distill.losses.named",
     "LoadedModel": "pmetal_distill.models",
     "LogitCache": "pmetal_distill.offline.reader",
     "LossParts": "pmetal_distill.losses",
+    "SoftCrossEntropyLoss": "pmetal_distill.losses.named",
     "TeacherTarget": "pmetal_distill.target",
     "TemperatureSchedule": "pmetal_distill.schedule",
     "init_student": "pmetal_distill.students",
@@ -47,9 +53,12 @@ __all__ = [
     "Distiller",
     "Divergence",
     "HiddenStateLoss",
+    "JensenShannonLoss",
+    "KLDivergenceLoss",
     "LoadedModel",
     "LogitCache",
     "LossParts",
+    "SoftCrossEntropyLoss",
     "TeacherTarget",
     "TemperatureSchedule",
     "init_student",

@@ -65,6 +65,21 @@ class AdapterSpec:
         }
 
 
+def require_trainable(loaded: LoadedModel) -> None:
+    """Sees that MLX can tell which parameters of a model are trained.
+
+    Raises:
+        ModelError: its class in mlx-lm is no complete `nn.Module`, as that of recurrent_gemma.
+    """
+    try:
+        loaded.model.trainable_parameters()
+    except AttributeError as error:
+        raise ModelError(
+            f"{loaded.source}: a student must be of a class that MLX can train, found {type(loaded.model)} "
+            f"of mlx-lm, where {error}; take a student of another architecture"
+        ) from error
+
+
 def require_dense(loaded: LoadedModel, part: nn.Module | None = None) -> None:
     """Sees that weights can be trained: of `part`, or of the whole model.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pmetal_distill.losses.divergences import Divergence
 from pmetal_distill.losses.hidden import HiddenStateLoss
+from pmetal_distill.losses.named import NamedLoss
 from pmetal_distill.losses.taid import TaidSchedule
 from pmetal_distill.precision import PRECISIONS, StudentPrecision
 from pmetal_distill.schedule import AlphaSchedule, TemperatureSchedule
@@ -29,7 +30,8 @@ class DistillConfig:
     Attributes:
         temperature: T of teacher and student, a number or a schedule over updates.
         alpha: weight of the divergence, a number or a schedule over updates.
-        loss: name of the divergence, see `Divergence`.
+        loss: name of the divergence, see `Divergence`, or a loss such as `JensenShannonLoss(beta=0.3)`, which
+            is kept as its name and parameter.
         loss_parameter: beta of jensen_shannon, skew of the skewed losses; the usual value if None.
         hidden_loss: between hidden states, or None.
         hidden_layers: teacher layers that are aligned, from 0; negative counts from the end.
@@ -50,7 +52,7 @@ class DistillConfig:
 
     temperature: float | TemperatureSchedule = 2.0
     alpha: float | AlphaSchedule = 0.5
-    loss: str = "forward_kl"
+    loss: str | NamedLoss = "forward_kl"
     loss_parameter: float | None = None
     hidden_loss: HiddenStateLoss | None = None
     hidden_layers: Sequence[int] = ()
@@ -70,6 +72,8 @@ class DistillConfig:
             object.__setattr__(self, name, None if value is None else tuple(value))
         if isinstance(self.hidden_loss, str):
             object.__setattr__(self, "hidden_loss", _hidden_loss(self.hidden_loss))
+        if isinstance(self.loss, NamedLoss):
+            self._unpack_loss(self.loss.divergence)
         self._check_loss()
         self._check_hidden()
         self._check_steps()
@@ -77,7 +81,7 @@ class DistillConfig:
     @property
     def divergence(self) -> Divergence:
         """The soft loss."""
-        return Divergence(self.loss, self.loss_parameter)
+        return Divergence(str(self.loss), self.loss_parameter)
 
     def temperature_at(self, update: int) -> float:
         """T at an update, from 0."""
@@ -120,11 +124,17 @@ class DistillConfig:
         """
         return DistillConfig.from_dict(read_yaml(path)[0])
 
+    def _unpack_loss(self, divergence: Divergence) -> None:
+        if self.loss_parameter not in (None, divergence.parameter):
+            _fail("loss_parameter", f"left out beside {self.loss!r}", self.loss_parameter)
+        object.__setattr__(self, "loss", divergence.name)
+        object.__setattr__(self, "loss_parameter", divergence.parameter)
+
     def _check_loss(self) -> None:
         _number("temperature", self.temperature, TemperatureSchedule, "positive", lambda v: v > 0)
         _number("alpha", self.alpha, AlphaSchedule, "from 0 to 1", lambda v: 0 <= v <= 1)
         if not isinstance(self.loss, str):
-            _fail("loss", "a name", self.loss)
+            _fail("loss", "a name, or a loss such as KLDivergenceLoss()", self.loss)
         _ = self.divergence
         if self.taid is not None and not (self.taid_steps >= 1 and self.loss == "forward_kl"):
             _fail("taid", "used with forward_kl and taid_steps >= 1", f"{self.loss}, {self.taid_steps}")

@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
+from pmetal_distill.adapters import require_trainable
 from pmetal_distill.checkpoint import TrainingState
 from pmetal_distill.config import DistillConfig
 from pmetal_distill.device import on_cuda, on_gpu
@@ -83,6 +84,7 @@ class Distiller:
         self.config.divergence.check(self.teacher.kind)
         _check_temperature(self.config.temperature, self.teacher)
         self.optimizer = optimizer or optim.AdamW(learning_rate=1e-5)
+        require_trainable(student)
         self.precision = prepare_weights(student.model, self.config.precision, student.stored)
         self.trained = nn.Module()
         self.trained.student = student.model
@@ -114,11 +116,12 @@ class Distiller:
 
         Raises:
             IncompatibleError: the batch does not fit the teacher.
+            ModelError: an operation of the student has no derivative.
             PeerLostError: another process is gone.
         """
         self.trained.train()
         inputs, template = self._inputs(batch)
-        parts, gradients = self._function(inputs, template)(inputs)
+        parts, gradients = self._differentiated(inputs, template)
         if self.world.size > 1:
             parts = LossParts(*self.world.sum(mx.stack(list(parts))))
             gradients = self.world.sum_gradients(gradients)
@@ -127,7 +130,7 @@ class Distiller:
         self._collect(gradients)
         del gradients  # so that each goes when it has been applied
         new = (parts, self._pending, self.trained.parameters(), self.optimizer.state, mx.random.state)
-        if upcoming is not None and self.compiles and isinstance(self.teacher, CachedTeacher):
+        if upcoming is not None and (self.compiles or on_gpu()) and isinstance(self.teacher, CachedTeacher):
             mx.async_eval(new)
             self._sent = upcoming, self._send(upcoming)
         mx.eval(new)
@@ -257,6 +260,18 @@ class Distiller:
         own = mx.array(np.stack([mask.sum(), labelled.sum()]))
         total = self.world.sum(own)
         return {"counts": total, "own_share": own[0] / mx.maximum(total[0], 1)}
+
+    def _differentiated(self, inputs: Arrays, template: SoftTarget) -> tuple[LossParts, Gradients]:
+        try:
+            return self._function(inputs, template)(inputs)
+        except (ValueError, RuntimeError) as error:
+            if "vjp" not in str(error).lower():  # in whatever MLX says of a derivative that it lacks
+                raise
+            raise ModelError(
+                f"{self.student.source}: all that a student computes must have a derivative, found in the "
+                f"backward pass of mlx-lm's '{self.student.config.get('model_type')}': {error}; take a "
+                "student of another architecture"
+            ) from error
 
     def _function(
         self, inputs: Arrays, template: SoftTarget
@@ -390,8 +405,9 @@ def _aligner(config: DistillConfig, teacher: Teacher, student: LoadedModel) -> H
     if count is None:
         if config.student_layers is None or min(config.hidden_layers) < 0:
             raise UsageError(
-                "hidden_layers: the cache does not say how many layers its teacher has; name student_layers, "
-                "and count hidden_layers from 0"
+                "hidden_layers: the cache must say how many layers its teacher has, which decides the "
+                "student's layer for each, found nothing of it; cache again with --hidden-layers, or train "
+                "from Python with DistillConfig(student_layers=...) and hidden_layers counted from 0"
             )
         count = max(config.hidden_layers) + 1
     pairs = layer_pairs(

@@ -21,7 +21,7 @@ from typing import Any
 from pmetal_distill.kernel_folder import kernel_folder
 
 WAIT_SECONDS = 30.0
-MOST_PROCESSES = 8
+MOST_PROCESSES = 12
 INSIDE = "PMETAL_WARMING"  # set in the processes started here, which start none themselves
 _started: dict[str, "subprocess.Popen[bytes]"] = {}
 

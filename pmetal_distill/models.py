@@ -24,6 +24,7 @@ from pmetal_distill.gguf import RECORD, conversion_record, convert_gguf, file_sh
 from pmetal_distill.home import cache_home
 from pmetal_distill.kernel_folder import kernel_folder
 from pmetal_distill.modelling.anatomy import CacheKind, examine
+from pmetal_distill.modelling.configs import read_config
 from pmetal_distill.modelling.evidence import Probe, vocabulary
 from pmetal_distill.modelling.fingerprints import (
     chat_template_fingerprint,
@@ -155,7 +156,7 @@ def load_model(
     """
     source = str(path_or_repo)
     folder = locate_model(path_or_repo, dtype=dtype)
-    config = _read_config(folder)
+    config = read_config(folder)
     _require_tokenizer_files(folder)
     model, config = open_model(folder, source=source, lazy=True, trust_remote_code=trust_remote_code)
     if group is not None:
@@ -221,19 +222,6 @@ def _downloaded(repo: str) -> Path:
             f"{repo}: no such folder, and the hub does not give it ({reason}); "
             "check the name and the connection, or give a local folder"
         ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: not a model (no config.json); give a folder that mlx_lm loads") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON ({error}); copy or download the model again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path}: names no model_type; give a folder that mlx_lm loads")
-    return config
 
 
 def _require_tokenizer_files(folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from pmetal_distill.modelling.loaded import Documents, Hidden, LoadedModel
 from pmetal_distill.models import load_model
 from pmetal_distill.parallel import World
+from pmetal_distill.precision import TeacherType
 from schemas.errors import PeerLostError, UsageError
 
 # What a header says is to be done.
@@ -112,13 +113,14 @@ def sharded_model(
     path_or_repo: str,
     world: World,
     *,
+    dtype: TeacherType = "auto",
     trust_remote_code: bool = False,
     on_tokenizer: Callable[[Any], None] | None = None,
 ) -> Iterator[ShardedModel | None]:
     """Loads a model in shares and gives it to the leading process.
 
-    The other processes serve it, and get None when the leading one has left the block. `on_tokenizer` is that
-    of `load_model`.
+    The other processes serve it, and get None when the leading one has left the block. `dtype` and
+    `on_tokenizer` are those of `load_model`.
 
     Raises:
         UsageError: there is one process.
@@ -131,7 +133,11 @@ def sharded_model(
             "pmetal-pipeline ...', or leave --sharded out"
         )
     loaded = load_model(
-        path_or_repo, trust_remote_code=trust_remote_code, group=world.group, on_tokenizer=on_tokenizer
+        path_or_repo,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        group=world.group,
+        on_tokenizer=on_tokenizer,
     )
     model = ShardedModel(**{part.name: getattr(loaded, part.name) for part in fields(loaded)}, world=world)
     if not world.leads:

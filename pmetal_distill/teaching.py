@@ -125,12 +125,12 @@ class CachedTeacher:
 
     Args:
         cache: open, with the hidden layers that are wanted.
-        vocab_size: the student's; a larger vocabulary of the teacher is cut to it.
+        vocab_size: the student's; a larger vocabulary of the teacher is cut to it. The teacher's if None.
     """
 
-    def __init__(self, cache: LogitCache, vocab_size: int) -> None:
+    def __init__(self, cache: LogitCache, vocab_size: int | None = None) -> None:
         self._spec = cache.spec
-        self._vocab_size = min(cache.spec.vocab_size, vocab_size)
+        self._vocab_size = min(cache.spec.vocab_size, vocab_size or cache.spec.vocab_size)
         self._bases = [TailBasis.from_sketch(b).restricted(self._vocab_size) for b in cache.bases]
         self.kind = str(cache.spec.tail)
         hidden, layers = cache.dataset.hidden, cache.dataset.meta.get("teacher_layers")
@@ -155,11 +155,14 @@ class CachedTeacher:
                 f"step: the batch must hold the hidden states of layers {list(layers)}, missing {missing}; "
                 f"open the cache with hidden_layers={list(layers)}"
             )
-        target = TeacherTarget.from_arrays(
-            stored.targets,
+        return self.target(stored), {layer: to_device(stored.hidden[layer]) for layer in layers}
+
+    def target(self, batch: Batch) -> TeacherTarget:
+        """What the teacher said about the B L tokens of a batch, for any of the losses on logits."""
+        return TeacherTarget.from_arrays(
+            batch.targets,
             self._spec,
             bases=self._bases,
-            basis_index=np.repeat(stored.basis_index, stored.token_ids.shape[1]),
+            basis_index=np.repeat(batch.basis_index, batch.token_ids.shape[1]),
             vocab_size=self._vocab_size,
         )
-        return target, {layer: to_device(stored.hidden[layer]) for layer in layers}

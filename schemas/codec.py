@@ -212,8 +212,8 @@ def _check_input(targets: TargetArrays, rows: TokenRows, codec: Codec) -> None:
         ("tail_curve", targets.tail_curve),
         ("coordinates", targets.coordinates),
     ):
-        bad = ~np.isfinite(array).all(axis=1) & rows.loss_mask
-        if bad.any():
+        finite = np.isfinite(array)
+        if not finite.all() and (bad := ~finite.all(axis=1) & rows.loss_mask).any():
             row = int(bad.argmax())
             raise NonFiniteError(f"{_place(rows, row)}: {name} must be finite, found {array[row][:8]}")
     falling = (np.diff(targets.head_logprobs, axis=1) <= 0).all(axis=1) | ~rows.loss_mask

@@ -1,7 +1,8 @@
 """Sketch coordinates to byte planes and back: what the ids do not predict, rounded and packed.
 
-Rows go through a few at a time, from the captured float to the packed byte, so that all of it stays in the
-processor's cache and threads do not queue for fresh memory.
+Rows are rounded a few at a time, so that their doubles stay in the processor's cache and threads do not queue
+for fresh memory; small integers are packed all at once. Few long calls: each hands the interpreter's lock on,
+and a GPU's other threads wait for it.
 """
 
 from collections.abc import Iterator
@@ -10,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.arrays import Float32, Int32, TokenRows
-from schemas.basis import SketchBasis
+from schemas.basis import CoordinateGroup, SketchBasis
 from schemas.errors import CorruptionError
 from schemas.layout import group_columns
 from schemas.packing import group_width, largest_byte, num_planes, pack_group, unpack_group
 from schemas.planes import Planes
 from schemas.predictor import SUBSTEPS
 
-_BLOCK = 256
+_BLOCK = 512
 
 
 def encode_coordinates(
@@ -36,22 +37,21 @@ def encode_coordinates(
         the planes by column, and how many values were clipped.
     """
     n, mask = len(coordinates), rows.loss_mask
-    planes = [
-        [np.empty((n, group_width(group)), np.uint8) for _ in range(num_planes(group.levels))]
-        for group in basis.groups
-    ]
-    clipped, step = 0, np.float64(basis.step)
+    clipped, step, limits = 0, np.float64(basis.step), _limits(basis)
+    whole = np.empty((n, basis.rank), np.int16)
+    scratch = np.empty((2, min(n, _BLOCK), basis.rank))
     for block, sums in _predictions(basis, rows.token_ids, head_ids, wanted=not predicted):
-        quantized = coordinates[block] / step
+        quantized, inside = scratch[:, : block.stop - block.start]
+        np.divide(coordinates[block], step, out=quantized)
         if sums is not None:
             quantized -= sums / SUBSTEPS
         np.rint(quantized, out=quantized)
-        quantized[~mask[block]] = 0
-        for group, stored in zip(basis.groups, planes, strict=True):
-            values = quantized[:, group.start : group.stop]
-            inside = np.clip(values, -group.largest, group.largest)
-            clipped += int(np.count_nonzero(inside != values))
-            pack_group(inside, group.levels, out=[plane[block] for plane in stored])
+        if not (trained := mask[block]).all():
+            quantized[~trained] = 0
+        np.clip(quantized, -limits, limits, out=inside)
+        clipped += int(np.count_nonzero(inside != quantized))
+        np.copyto(whole[block], inside, casting="unsafe")
+    planes = [_packed(whole[:, group.start : group.stop], group) for group in basis.groups]
     names = [group_columns(index, group.levels) for index, group in enumerate(basis.groups)]
     pairs = zip(names, planes, strict=True)
     return {name: p for columns, stored in pairs for name, p in zip(columns, stored, strict=True)}, clipped
@@ -89,3 +89,15 @@ def _predictions(
         return
     for start in range(0, len(token_ids), _BLOCK):
         yield slice(start, min(start + _BLOCK, len(token_ids))), None
+
+
+def _limits(basis: SketchBasis) -> npt.NDArray[np.float64]:
+    """The largest value of each coordinate, [r]."""
+    widths = [group.stop - group.start for group in basis.groups]
+    return np.repeat([np.float64(group.largest) for group in basis.groups], widths)
+
+
+def _packed(values: npt.NDArray[np.int16], group: CoordinateGroup) -> list[Planes]:
+    planes = [np.empty((len(values), group_width(group)), np.uint8) for _ in range(num_planes(group.levels))]
+    pack_group(values, group.levels, out=planes)
+    return planes

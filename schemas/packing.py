@@ -37,7 +37,7 @@ def pack_group(values: npt.NDArray[Any], levels: int, out: list[Planes]) -> None
     Zeros give zero bytes.
     """
     if levels == 65536:
-        whole = values.astype(np.int32)
+        whole = values.astype(np.int16, copy=False)
         np.copyto(out[0], whole, casting="unsafe")
         np.copyto(out[1], whole >> 8, casting="unsafe")
         return

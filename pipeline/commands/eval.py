@@ -35,7 +35,7 @@ from schemas.errors import UsageError
     "--head-chunk", type=int, help="Positions whose logits exist at once; by the device if not given."
 )
 @click.option("--max-tokens", type=int, help="Stop behind so many tokens.")
-@click.option("--mask-prompt", is_flag=True, help="Leave prompts out.")
+@click.option("--mask-prompt", is_flag=True, help="Compare on answers only.")
 @click.option("--tasks", help="Tasks of the lm-evaluation-harness to run too: a,b (pip install lm-eval).")
 @click.option("--limit", type=int, help="Examples a task.")
 @dtype_option("both models compute")
@@ -98,13 +98,14 @@ def _against_teacher(student: str, console: Console, options: dict[str, Any]) ->
     from pipeline.data.kinds import document_kinds
     from pipeline.eval_subject import load_subject
     from pipeline.evaluate import evaluate
-    from pipeline.text import packed_text
+    from pipeline.text import note_skipped, packed_text
     from pmetal_distill.models import load_model
 
     trusting = options["trust_remote_code"]
     teacher = load_model(options["teacher"], dtype=options["dtype"], trust_remote_code=trusting)
     data, names = options["data"], ("max_seq_len", "mask_prompt")
     split = options["split"] or ("test" if available_splits(data) else "train")
+    note_skipped(data, console)
     dataset = packed_text(data, teacher, split=split, **{name: options[name] for name in names})
     kinds = document_kinds(dataset, feature=options["kind_feature"])
     subject = load_subject(student, dtype=options["dtype"], trust_remote_code=trusting)

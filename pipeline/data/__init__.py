@@ -8,7 +8,7 @@ files without a name.
 
 from pipeline.data.documents import Document, FieldNames
 from pipeline.data.packing import PackedDataset, PackedSequence, PackSettings, pack
-from pipeline.data.readers import available_splits, data_files, load_documents
+from pipeline.data.readers import available_splits, data_files, load_documents, skipped_files
 from pipeline.data.splitting import split_by_document, split_by_size
 from pipeline.data.tokenizing import TokenizedDocument, Tokenizer, tokenize
 from pipeline.data.tokenizing_batches import tokenize_all, tokenize_batches
@@ -25,6 +25,7 @@ __all__ = [
     "data_files",
     "load_documents",
     "pack",
+    "skipped_files",
     "split_by_document",
     "split_by_size",
     "tokenize",

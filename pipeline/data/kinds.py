@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.documents import describe, place
-from pipeline.data.lines import read_json_lines
 from pipeline.data.packed import PackedDataset
-from pipeline.data.readers import PARQUET_BATCH_ROWS, suffix_of
+from pipeline.data.readers import PARQUET_BATCH_ROWS, RECORDS, suffix_of
+from pipeline.data.records import read_records
 from schemas.errors import DataError
 
 
@@ -70,10 +70,10 @@ def document_kinds(data: PackedDataset, *, feature: str | None = None) -> Docume
 def _column(file: Path, feature: str) -> Iterator[tuple[int, object]]:
     """(line, value) of every record; None where the record lacks the column."""
     suffix = suffix_of(file)
-    if suffix == ".txt":
+    if suffix in (".txt", ".txt.gz"):
         raise DataError(f"{file}: a .txt file has no column '{feature}'; leave out --kind-feature")
-    if suffix != ".parquet":
-        for line, record in read_json_lines(file):
+    if suffix in RECORDS:
+        for line, record in read_records(file, suffix):
             yield line, record.get(feature)
         return
     import pyarrow.parquet as pq

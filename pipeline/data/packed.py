@@ -64,6 +64,10 @@ class PackedDataset:
         window_documents: int32 [num_windows], document of each window.
         window_masked: int32 [num_windows], first positions of the window that are not trained.
         window_ends: bool [num_windows], the window's last token is the last of its document.
+        gap_windows: int64 [num_gaps], ascending: windows with further positions that are not trained, prompts
+            between answers.
+        gap_starts: int32 [num_gaps], first of these positions, counted in the window.
+        gap_stops: int32 [num_gaps], the one after the last.
         sources: the files.
         document_sources: int32 [num_documents], index into `sources`.
         document_lines: int64 [num_documents], 1-based line; 0 for a whole file.
@@ -79,6 +83,9 @@ class PackedDataset:
     window_documents: NDArray[np.int32] = field(repr=False)
     window_masked: NDArray[np.int32] = field(repr=False)
     window_ends: NDArray[np.bool_] = field(repr=False)
+    gap_windows: NDArray[np.int64] = field(repr=False)
+    gap_starts: NDArray[np.int32] = field(repr=False)
+    gap_stops: NDArray[np.int32] = field(repr=False)
     sources: tuple[str, ...] = field(repr=False)
     document_sources: NDArray[np.int32] = field(repr=False)
     document_lines: NDArray[np.int64] = field(repr=False)
@@ -124,7 +131,9 @@ class PackedDataset:
         lengths = np.diff(self.window_tokens[windows.start : windows.stop + 1])
         masked = self.window_masked[windows]
         last_counted = self.window_ends[windows] & (masked < lengths)
-        return int((lengths - masked - last_counted).sum())
+        gaps = self._gaps_of(windows)
+        in_gaps = self.gap_stops[gaps] - self.gap_starts[gaps]
+        return int((lengths - masked - last_counted).sum()) - int(in_gaps.sum())
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index`, in 0 ... num_sequences - 1; the tokens are a view.
@@ -141,6 +150,12 @@ class PackedDataset:
         starts = bounds[:-1] - first
         for start, masked in zip(starts, self.window_masked[windows], strict=True):
             loss_mask[start : start + masked] = 0
+        gaps = self._gaps_of(windows)
+        for window, begin, stop in zip(
+            self.gap_windows[gaps], self.gap_starts[gaps], self.gap_stops[gaps], strict=True
+        ):
+            start = starts[window - windows.start]
+            loss_mask[start + begin : start + stop] = 0
         loss_mask[(starts + lengths - 1)[self.window_ends[windows]]] = 0
         return PackedSequence(
             token_ids=self.token_ids[first : bounds[-1]],
@@ -184,6 +199,9 @@ class PackedDataset:
         """SHA-256 (hex) over settings, tokens, documents and masks; not over the names of the files."""
         return self._fingerprint
 
+    def _gaps_of(self, windows: slice) -> slice:
+        return slice(*np.searchsorted(self.gap_windows, [windows.start, windows.stop]).tolist())
+
     def _one_per_stratum(self, count: int, seed: int) -> NDArray[np.int64]:
         edges = np.arange(count + 1, dtype=np.int64) * self.num_sequences // count
         return np.random.default_rng(seed).integers(edges[:-1], edges[1:], dtype=np.int64)
@@ -192,7 +210,9 @@ class PackedDataset:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"pmetal-distill packed data 1\n")
         digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        columns = ("sequence_windows", "window_tokens", "window_documents", "window_masked", "window_ends")
+        columns = ["sequence_windows", "window_tokens", "window_documents", "window_masked", "window_ends"]
+        if len(self.gap_windows):
+            columns += ["gap_windows", "gap_starts", "gap_stops"]
         for name in (*columns, "token_ids"):
             values = getattr(self, name)
             digest.update(f"\n{name} {len(values)}\n".encode())

@@ -4,10 +4,10 @@ A document longer than `max_seq_len` is cut into windows of exactly that length 
 fills a sequence of its own, so two windows of one document never share one. Short documents and rests go
 into the open sequence they fit best; at most `open_bins` stay open. One pass, the same result on every run.
 
-Cost: 4 bytes a token, 17 a window, 8 a sequence and 12 a document, of which `spool.MEMORY_BYTES` of each kind
-stay in memory and the rest in unnamed files (100 GB of text, 30e9 tokens: 125 GB of files and 0.3 GB of
-memory); 2 us a window. A window after a cut starts without the context before it. Packing reorders: sequences
-stand in the order in which they filled.
+Cost: 4 bytes a token, 17 a window, 16 a prompt after an answer, 8 a sequence and 12 a document, of which
+`spool.MEMORY_BYTES` of each kind stay in memory and the rest in unnamed files (100 GB of text, 30e9 tokens:
+125 GB of files and 0.3 GB of memory); 2 us a window. A window after a cut starts without the context before
+it. Packing reorders: sequences stand in the order in which they filled.
 """
 
 from array import array
@@ -36,6 +36,7 @@ class _Window(NamedTuple):
     document: int
     masked: int  # first positions whose next token is prompt
     ends_document: bool
+    gaps: list[tuple[int, int]]  # further such positions, first and after the last
 
 
 def pack(
@@ -89,7 +90,14 @@ def _windows(document: TokenizedDocument, number: int, max_seq_len: int) -> Iter
             # Position t predicts token t + 1, so the last prompt position is trained: it predicts the answer.
             masked=min(max(document.prompt_length - 1 - start, 0), size),
             ends_document=start + size == length,
+            gaps=_gaps(document, start, size),
         )
+
+
+def _gaps(document: TokenizedDocument, start: int, size: int) -> list[tuple[int, int]]:
+    """Positions of a window, after its first ones, whose next token is prompt."""
+    moved = ((first - 1 - start, stop - 1 - start) for first, stop in document.gaps)
+    return [(max(first, 0), min(stop, size)) for first, stop in moved if first < size and stop > 0]
 
 
 class _OpenBins:
@@ -153,9 +161,14 @@ class _Builder:
 
     def add_sequence(self, closed: list[_Window]) -> None:
         row = self._row
-        for token_ids, size, document, masked, ends_document in closed:
+        for number, (token_ids, size, document, masked, ends_document, gaps) in enumerate(closed):
             self._tokens.write(token_ids)
             self._num_tokens += size
+            for first, stop in gaps:
+                row["gap_windows"].append(self._num_windows + number)
+                row["gap_starts"].append(first)
+                row["gap_stops"].append(stop)
+                self._num_targets -= stop - first
             # The last token of a document has nothing to predict.
             self._num_targets += size - masked - (ends_document and masked < size)
             row["window_tokens"].append(self._num_tokens)
@@ -198,6 +211,9 @@ _COLUMNS: tuple[tuple[str, str, type[np.generic]], ...] = (
     ("window_documents", "i", np.int32),
     ("window_masked", "i", np.int32),
     ("window_ends", "b", np.bool_),
+    ("gap_windows", "q", np.int64),
+    ("gap_starts", "i", np.int32),
+    ("gap_stops", "i", np.int32),
     ("document_sources", "i", np.int32),
     ("document_lines", "q", np.int64),
 )

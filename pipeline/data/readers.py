@@ -1,18 +1,23 @@
-"""Reads documents from `.jsonl`, `.jsonl.zst`, `.parquet` and `.txt` files or folders of them.
+"""Reads documents from JSON lines, JSON, CSV, Parquet and text files or folders of them.
 
-Streams: the memory is one line (at most `MAX_LINE_BYTES`), one block of Parquet rows, or one `.txt` file.
-zstd input is decompressed in steps whose output is bounded even for hostile files.
+Streams: the memory is one line (at most `MAX_LINE_BYTES`), one block of Parquet rows, or one `.txt` or
+`.json` file. Compressed input is decompressed in steps whose output is bounded even for hostile files.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.documents import Document, FieldNames, place, to_document
-from pipeline.data.lines import read_json_lines
+from pipeline.data.documents import CONVERSATIONS, SYSTEM, Document, FieldNames, place, to_document
+from pipeline.data.lines import MAX_LINE_BYTES, read_whole
+from pipeline.data.records import read_records
+from pmetal_distill.plain_files import check_lengths, is_device
 from schemas.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+RECORDS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
+SUFFIXES = (*RECORDS, ".parquet", ".txt", ".txt.gz")
+# Files about a data set that lie beside it; with a known extension they are data.
+ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "copying")
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "validation"),
@@ -48,6 +53,8 @@ def data_files(path: str | Path, *, split: str = "train") -> tuple[Path, ...]:
     if split not in SPLITS:
         raise DataError(f"split: must be one of {', '.join(SPLITS)}, found '{split}'; choose one of them")
     root = Path(path)
+    if is_device(root):
+        raise DataError(f"{root}: must be a file or folder, found a pipe or device; write it to a file first")
     if not root.exists():
         raise DataError(
             f"{root}: must be a file or folder of training text, found nothing there; check the path "
@@ -100,7 +107,24 @@ def _split_files(root: Path, split: str) -> list[Path]:
     return found
 
 
+def skipped_files(path: str | Path) -> tuple[Path, ...]:
+    """The files of a plain folder that `load_documents` leaves out: those that tell about the others."""
+    root = Path(path)
+    if not root.is_dir() or available_splits(root):
+        return ()
+    return tuple(file for file in _visible_files(root) if _is_about(file))
+
+
 def _all_files(root: Path) -> list[Path]:
+    return [file for file in _visible_files(root) if not _is_about(file)]
+
+
+def _is_about(file: Path) -> bool:
+    name = file.name.lower()
+    return name.split(".")[0] in ABOUT and not name.endswith(SUFFIXES)
+
+
+def _visible_files(root: Path) -> list[Path]:
     visible = (
         file
         for file in root.rglob("*")
@@ -121,10 +145,14 @@ def _no_files(root: Path, split: str) -> str:
 
 
 def _read_files(files: Iterable[Path], fields: FieldNames) -> Iterator[Document]:
-    readers = {".jsonl": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_txt}
     for file in files:
+        suffix = suffix_of(file)
+        if suffix in RECORDS:
+            found = _from_records(file, suffix, fields)
+        else:
+            found = _read_parquet(file, fields) if suffix == ".parquet" else _read_txt(file)
         try:
-            yield from _one_kind(_at_least_one(readers[suffix_of(file)](file, fields), where=str(file)))
+            yield from _one_kind(_at_least_one(found, where=str(file)))
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{file}: must be readable, found: {reason}; check the file") from error
@@ -151,14 +179,13 @@ def _at_least_one(documents: Iterator[Document], *, where: str) -> Iterator[Docu
         raise DataError(f"{where}: must hold at least one document, found none; give other data")
 
 
-def _read_jsonl(file: Path, fields: FieldNames) -> Iterator[Document]:
-    for line, record in read_json_lines(file):
+def _from_records(file: Path, suffix: str, fields: FieldNames) -> Iterator[Document]:
+    for line, record in read_records(file, suffix):
         yield to_document(record, source=str(file), line=line, fields=fields)
 
 
-def _read_txt(file: Path, fields: FieldNames) -> Iterator[Document]:
-    del fields  # a .txt file has no columns
-    data = file.read_bytes()
+def _read_txt(file: Path) -> Iterator[Document]:
+    data = read_whole(file) if file.name.lower().endswith(".gz") else file.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -201,15 +228,17 @@ def _read_parquet(file: Path, fields: FieldNames) -> Iterator[Document]:
                 return
             for record in records:
                 row += 1
+                check_lengths(record, where=place(str(file), row), most=MAX_LINE_BYTES)
                 yield to_document(_without_nulls(record, fields), source=str(file), line=row, fields=fields)
 
 
 def _without_nulls(record: dict[str, Any], fields: FieldNames) -> dict[str, Any]:
     """Drops the nulls that Parquet's structs add to chats: a key that a message never had stays absent."""
+    nested = (fields.messages, fields.tools, CONVERSATIONS, SYSTEM)
     return {
-        key: _prune(value) if key in (fields.messages, fields.tools) else value
+        key: _prune(value) if key in nested else value
         for key, value in record.items()
-        if value is not None or key not in (fields.messages, fields.tools)
+        if value is not None or key not in nested
     }
 
 

@@ -2,35 +2,42 @@
 
 The library `tokenizers` encodes a batch on all cores without the interpreter's lock. One thread reads and
 parses the next documents, a few have batches encoded and take the results apart, and whoever iterates gets
-the documents in order. Costs the batches on their way: about eight of `BATCH_CHARACTERS`, or of one document
-if that is longer. 0.9 us of one core a token (SmolLM2's tokenizer on prose) and 0.05 us of the interpreter's.
+the documents in order. Costs the batches on their way: about eight of `BATCH_CHARACTERS` (more with more
+than four cores), or of one document if that is longer. 0.9 us of one core a token (SmolLM2's tokenizer on
+prose) and 0.05 us of the interpreter's.
 
 A tokenizer that is not known to do the same in batches, and a document that a batch cannot be made with, go
 through `tokenize` itself.
 """
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.answers import Span, answer_spans, pieces, token_spans
 from pipeline.data.documents import Document
 from pipeline.data.prefetch import Prefetch
 from pipeline.data.tokenizing import (
     TokenizedDocument,
     Tokenizer,
     check_chat,
-    conversations,
     end_of_text,
     finish_chat,
     finish_text,
+    marks_answers,
+    renderer,
     tokenize,
 )
 
 BATCH_CHARACTERS = 1 << 19
+CORE_CHARACTERS = 1 << 17  # with more cores, more at once: a batch ends when its longest document does
 BATCH_DOCUMENTS = 4096
+SWITCH_SECONDS = 0.0005  # of the interpreter's lock, which others wait for ten times as long otherwise
 READ_BATCHES = 2
 ENCODED_BATCHES = 4
 ENCODING_THREADS = 3
@@ -74,6 +81,7 @@ def tokenize_batches(
         return
     work = _BatchTokenizer(tokenizer, encode, mask_prompt)
     with (
+        _switching(),
         closing(Prefetch(_batches(documents), most=READ_BATCHES)) as read,
         ThreadPoolExecutor(ENCODING_THREADS, "tokenize") as pool,
         closing(_ahead(work, read, pool)) as tokenized,
@@ -82,6 +90,17 @@ def tokenize_batches(
             yield done.documents
             if done.error is not None:
                 raise done.error
+
+
+@contextmanager
+def _switching() -> Iterator[None]:
+    """Threads hand the interpreter on soon, for those that encode need it for moments only."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def batch_function(tokenizer: Tokenizer) -> Callable[..., Sequence[Any]] | None:
@@ -108,12 +127,12 @@ def batch_function(tokenizer: Tokenizer) -> Callable[..., Sequence[Any]] | None:
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in lists of bounded size; those before an error come before it."""
     batch: list[Document] = []
-    characters = 0
+    characters, most = 0, max(BATCH_CHARACTERS, CORE_CHARACTERS * (os.cpu_count() or 1))
     try:
         for document in documents:
             batch.append(document)
             characters += _characters(document)
-            if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            if len(batch) >= BATCH_DOCUMENTS or characters >= most:
                 yield batch
                 batch, characters = [], 0
     except Exception:
@@ -157,10 +176,19 @@ class _BatchTokenizer:
                     assert eos is not None
                     found.append(finish_text(document, ids[0], eos=eos))
                 else:
-                    found.append(finish_chat(document, ids))
+                    found.append(self._chat(document, ids))
             except Exception as error:  # noqa: BLE001 - raised where the documents are taken
                 return _Tokenized(found, error)
         return _Tokenized(found)
+
+    def _chat(self, document: Document, ids: list[list[int]]) -> TokenizedDocument:
+        whole, *parts = ids
+        answers: list[Span] | None = None
+        if self.mask_prompt and whole:
+            answers = token_spans(whole, parts)
+            if answers is None:  # a token reaches from the prompt into the answer
+                return tokenize(document, self.tokenizer, mask_prompt=True)
+        return finish_chat(document, whole, answers)
 
     def _rendered(self, document: Document) -> list[str] | None:
         """The texts to encode; None where only `tokenize` can say what is wrong."""
@@ -169,14 +197,15 @@ class _BatchTokenizer:
                 end_of_text(document, self.tokenizer, mask_prompt=self.mask_prompt)
                 return [document.text]
             check_chat(document, self.tokenizer)
-            apply = self.tokenizer.apply_chat_template
-            texts = [
-                apply(one.messages, return_dict=False, tokenize=False, **one.options)
-                for one in conversations(document, mask_prompt=self.mask_prompt)
-            ]
+            render = renderer(document, self.tokenizer)
+            whole = render(list(document.messages))
+            if not self.mask_prompt:
+                return [whole]
+            if marks_answers(self.tokenizer):
+                return None
+            return [whole, *pieces(whole, answer_spans(document, whole, render))]
         except Exception:  # noqa: BLE001 - templates are programs of strangers
             return None
-        return texts if all(type(text) is str for text in texts) else None
 
     def _encoded(
         self, batch: list[Document], rendered: list[list[str] | None]

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.inspection import describe
+from pipeline.inspection import describe, error_by_stretch
 from pipeline.reporting.axes import Axis
 from pipeline.reporting.bars import Bar
 from pipeline.reporting.cache_data import (
@@ -83,10 +83,10 @@ def _tiles(described: dict[str, Any]) -> list[Tile]:
     size, measured = described["bytes_per_token"], described["measured"]
     tiles = [Tile("tokens", short(described["tokens"])), Tile("shards", described["shards"])]
     if described["tokens"]:
-        times = 2 * described["target"]["vocab_size"] / size
         tiles += [
             Tile("on disk", short(round(size, 1)), "bytes a token"),
-            Tile("smaller than float16 logits", short(round(times)), "times"),
+            Tile("smaller than float16 logits", short(round(described["compression"])), "times"),
+            Tile("the same with bases", short(round(described["compression_with_sidecar"], 1)), "times"),
         ]
     tiles += [
         Tile(f"KL(teacher ‖ cached), T\u00a0=\u00a0{t}", f"{measured[f'kl@{t}']:.3g}", "nats")
@@ -216,6 +216,10 @@ def _errors(cache: "LogitCache") -> Section:
     if refitted := found.refitted:
         shown = ", ".join(map(str, refitted[:12])) + (" …" if len(refitted) > 12 else "")
         lead.append(f"Shards with a basis of their own: {shown}.")
+    if unlike := [row for row in error_by_stretch(cache) if row["unlike"]]:
+        shown = "; ".join(f"{row['text']} ({row['drift']:.2f} times)" for row in unlike[:12])
+        more = " …" if len(unlike) > 12 else ""
+        lead.append(f"Unlike the sample of the whole text, by KL at T = 2: {shown}{more}.")
     return Section("errors", title, lead, figures)
 
 

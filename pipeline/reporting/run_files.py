@@ -1,7 +1,5 @@
 """The files of a run, read with patience: unknown keys and an unfinished last line are ignored."""
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +7,8 @@ from typing import Any
 
 from pipeline.reporting.lines import Point
 from pipeline.reporting.places import is_remote
-from pipeline.training.folder import CONFIG, METRICS
+from pipeline.training.finished import CONFIG, METRICS, is_finite
+from pmetal_distill.plain_files import json_object, open_regular
 from pmetal_distill.yaml_files import read_yaml
 from schemas.errors import DataError, UsageError
 
@@ -74,7 +73,7 @@ def read_metrics(run: Path) -> Metrics:
                 "remove the line"
             )
         for name, value in entry.items():
-            if name != "iteration" and _finite(value):
+            if name != "iteration" and is_finite(value):
                 curves.setdefault(name, {})[float(entry["iteration"])] = float(value)
     return Metrics({name: sorted(points.items()) for name, points in curves.items()})
 
@@ -95,17 +94,12 @@ def read_object(path: Path, *, printed_by: str) -> dict[str, Any]:
         UsageError: unreadable, or something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return json_object(file.read())
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path}: must be the JSON that {printed_by} printed, found {error}; run it again"
+            f"{path}: must be the JSON object that {printed_by} printed, found {error}; run it again"
         ) from error
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"{path}: must be the JSON object that {printed_by} printed, found a {type(value).__name__}; "
-            "run it again"
-        )
-    return value
 
 
 def find_cache(settings: Mapping[str, Any], run: Path) -> str | None:
@@ -121,11 +115,7 @@ def find_cache(settings: Mapping[str, Any], run: Path) -> str | None:
 
 def _entry(line: str) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = json_object(line.encode())
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and _finite(entry.get("iteration")) else None
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return entry if is_finite(entry.get("iteration")) else None

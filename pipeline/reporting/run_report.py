@@ -14,6 +14,7 @@ from pipeline.reporting.page import Report, Section, Tile, facts
 from pipeline.reporting.places import shown
 from pipeline.reporting.run_files import Metrics, find_cache, read_metrics, read_settings
 from pipeline.reporting.student_page import student_section
+from pipeline.training.finished import SMALL, check_run
 
 LOSSES = {"loss": "total", "soft": "soft", "hard": "hard", "hidden": "hidden"}
 SCHEDULES = {"learning_rate": "Learning rate", "temperature": "Temperature", "alpha": "Alpha"}
@@ -41,8 +42,9 @@ def run_report(inputs: RunInputs, *, footer: str) -> Report:
         footer: the page's last line.
 
     Raises:
-        DataError, UsageError: its files are damaged.
+        DataError, UsageError, CorruptionError: its files are damaged, or not what it wrote.
     """
+    check_run(inputs.folder, SMALL)
     settings, metrics = read_settings(inputs.folder), read_metrics(inputs.folder)
     cache = find_cache(settings, inputs.folder)
     student = Path(str(settings.get("student", "a student")))

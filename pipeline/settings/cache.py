@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pipeline.settings.checks import check, check_layers, check_whole, check_whole_or_none, described
+from pipeline.settings.checks import (
+    MOST_SEED,
+    check,
+    check_layers,
+    check_whole,
+    check_whole_or_none,
+    described,
+)
 from schemas.spec import Tail
 
 USUAL_RANK = 256
@@ -28,7 +35,10 @@ class CacheSettings:
         )
     )
     data: str = field(
-        metadata=described("Text: a file or folder of .jsonl, .jsonl.zst, .parquet or .txt.", place=True)
+        metadata=described(
+            "Text: a file or folder of .jsonl, .json, .csv (also .gz, .jsonl.zst), .parquet or .txt.",
+            place=True,
+        )
     )
     out: Path = field(metadata=described("Folder of the new cache."))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -72,7 +82,7 @@ class CacheSettings:
         default=0,
         metadata=described("Keep only so many PCA coordinates of each hidden state; 0 keeps all of it."),
     )
-    mask_prompt: bool = field(default=False, metadata=described("Leave prompts out of the training."))
+    mask_prompt: bool = field(default=False, metadata=described("Train on the assistant's messages only."))
     pack: bool = field(default=True, metadata=described("Put several short documents into a sequence."))
     text_feature: str = field(default="text", metadata=described("Column that holds plain text."))
     prompt_feature: str = field(default="prompt", metadata=described("Column that holds prompts."))
@@ -101,7 +111,8 @@ class CacheSettings:
         check_whole(self, "max_seq_len", least=2)
         check_whole(self, "batch_size top_k sequences_per_shard")
         check_whole_or_none(self, "head_chunk sketch_rank")
-        check_whole(self, "seed hidden_rank", least=0)
+        check_whole(self, "hidden_rank", least=0)
+        check_whole(self, "seed", least=0, most=MOST_SEED)
         check(1 <= self.zstd_level <= 22, "zstd_level", "from 1 to 22", self.zstd_level)
         check(0 < self.sketch_step < math.inf, "sketch_step", "a positive number", self.sketch_step)
         check_layers("hidden_layers", self.hidden_layers)

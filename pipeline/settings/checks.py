@@ -4,6 +4,9 @@ from typing import Any
 
 from schemas.errors import UsageError
 
+MOST = (1 << 31) - 1
+MOST_SEED = (1 << 63) - 1
+
 
 def described(text: str, *, aliases: tuple[str, ...] = (), place: bool = False) -> dict[str, Any]:
     """Metadata of an option; `place`: its text may be a path, so shells complete it as one."""
@@ -20,9 +23,10 @@ def check(holds: bool, name: str, must: str, found: object, do: str = "give anot
         raise UsageError(f"{name}: must be {must}, found {found!r}; {do}")
 
 
-def check_whole(settings: Any, names: str, *, least: int = 1) -> None:
+def check_whole(settings: Any, names: str, *, least: int = 1, most: int = MOST) -> None:
     for name in names.split():
         check(getattr(settings, name) >= least, name, f"at least {least}", getattr(settings, name))
+        check(getattr(settings, name) <= most, name, f"at most {most:,}", getattr(settings, name))
 
 
 def check_whole_or_none(settings: Any, names: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pipeline.settings.checks import (
+    MOST,
+    MOST_SEED,
     check,
     check_layers,
     check_whole,
@@ -49,6 +51,8 @@ class LrSchedule:
 
     def __post_init__(self) -> None:
         check(len(self.arguments) > 0, "arguments", "at least the learning rate", list(self.arguments))
+        finite = all(-MOST <= value <= MOST for value in self.arguments)
+        check(finite, "arguments", f"numbers up to {MOST:,}", list(self.arguments))
         check_whole(self, "warmup", least=0)
         check(0 <= self.warmup_init < math.inf, "warmup_init", "zero or a positive number", self.warmup_init)
 
@@ -81,11 +85,13 @@ class TrainSettings:
 
     foreign_keys: ClassVar[Mapping[str, str]] = {
         "hf_dataset": "download the Parquet files of the data set and give their folder as 'data'",
-        "train": "leave it out, this command trains",
-        "test": "run 'pmetal-pipeline eval' afterwards",
-        "test_batches": "run 'pmetal-pipeline eval' afterwards",
-        "clear_cache_threshold": "leave it out, nothing grows here",
         "config": "leave it out, a configuration file cannot name another",
+    }
+    left_out_keys: ClassVar[Mapping[str, str]] = {
+        "train": "this command trains",
+        "test": "'pmetal-pipeline eval' tests",
+        "test_batches": "'pmetal-pipeline eval' tests",
+        "clear_cache_threshold": "nothing grows here",
     }
 
     student: str = field(
@@ -109,7 +115,7 @@ class TrainSettings:
         metadata=described("Most tokens in a sequence, with a live teacher.", aliases=("max_seq_length",)),
     )
     mask_prompt: bool = field(
-        default=False, metadata=described("Leave prompts out of the training, with a live teacher.")
+        default=False, metadata=described("Train on the assistant's messages only, with a live teacher.")
     )
     fine_tune_type: Literal["full", "lora", "dora"] = field(
         default="full", metadata=described("Train all weights, or low-rank adapters.")
@@ -217,7 +223,8 @@ class TrainSettings:
         check_whole(self, "batch_size iters grad_accumulation_steps")
         check_whole_or_none(self, "head_chunk")
         check_whole(self, "steps_per_report keep_checkpoints")
-        check_whole(self, "seed prefetch steps_per_eval save_every", least=0)
+        check_whole(self, "prefetch steps_per_eval save_every", least=0)
+        check_whole(self, "seed", least=0, most=MOST_SEED)
         check_whole(self, "num_layers val_batches", least=-1)
         check_whole(self, "max_seq_len", least=2)
         check(0 <= self.val_share < 1, "val_share", "in [0, 1)", self.val_share)
@@ -259,3 +266,14 @@ class TrainSettings:
             check(0 < self.grad_clip < math.inf, "grad_clip", "a positive number", self.grad_clip)
         if self.warmup is not None:
             check_whole(self, "warmup", least=0)
+        for name, options in self.optimizer_config.items():
+            if "betas" in options:
+                must = "two numbers in [0, 1)"
+                check(
+                    _are_betas(options["betas"]), f"optimizer_config: betas of {name}", must, options["betas"]
+                )
+
+
+def _are_betas(values: Any) -> bool:
+    pair = isinstance(values, list | tuple) and len(values) == 2
+    return pair and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1 for v in values)

@@ -4,11 +4,11 @@ config.yaml       the settings as resolved
 metrics.jsonl     one object for every iteration that was reported or evaluated
 checkpoints/      states to go on from, see `checkpoints`
 result.json       what the command printed; there when the run is finished
+hashes.json       of what the run has written, see `finished`
 """
 
 import contextlib
 import fcntl
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, Self
 
 from pipeline.config import load_config, save_config
 from pipeline.settings import TrainSettings
+from pipeline.training.finished import CHECKPOINTS, CONFIG, METRICS, RESULT, finish, read_result
 from schemas.errors import UsageError
 
-CONFIG, METRICS, CHECKPOINTS, RESULT = "config.yaml", "metrics.jsonl", "checkpoints", "result.json"
+__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "RESULT", "RunFolder"]
 
 
 @dataclass(slots=True, eq=False)
@@ -76,30 +77,25 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the finished run printed; None if it is not finished."""
-        try:
-            text = (self.path / RESULT).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        result: dict[str, Any] = json.loads(text)
-        return result
+        """What the finished run printed; None if it is not finished.
+
+        Raises:
+            CorruptionError: a file of the run is not what it wrote.
+        """
+        return read_result(self.path)
 
     def settings(self) -> TrainSettings:
         """The settings in `config.yaml`."""
         return TrainSettings(**load_config(self.path / CONFIG, TrainSettings))
 
     def save_settings(self, settings: TrainSettings) -> None:
-        """Writes `config.yaml`, as of a run that begins."""
+        """Writes `config.yaml`, as of a run that begins, or of a finished one that is made longer."""
+        (self.path / RESULT).unlink(missing_ok=True)
         save_config(replace(settings, resume=False), self.path / CONFIG)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""
-        draft = self.path / f".{RESULT}.part"
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path / RESULT)
+        finish(self.path, result)
 
     def __enter__(self) -> Self:
         return self

@@ -27,26 +27,32 @@ FREE = {
 def deciding_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that must not change in a run, as plain values."""
     names = {field.name for field in fields(settings)} - FREE
-    if not _depends_on_length(settings):
+    if not depends_on_length(settings):
         names.remove("iters")
     plain = to_plain(settings)
     return {name: plain[name] for name in sorted(names)}
 
 
-def check_same_settings(saved: dict[str, Any], settings: TrainSettings) -> None:
+def check_same_settings(saved: dict[str, Any], settings: TrainSettings, *, finished: bool = False) -> None:
     """Refuses to go on with other settings.
 
+    Args:
+        saved: those that the run began with.
+        settings: those wanted.
+        finished: whether the run came to its end, and may be made longer.
+
     Raises:
-        CheckpointError: names the key and both values.
+        CheckpointError: names the option and both values.
     """
     given = deciding_settings(settings)
     # A run of an earlier version does not name settings that did not exist: it had their defaults.
     began = {**{name: value for name, value in _defaults().items() if name in given}, **saved}
     for name in sorted(began.keys() | given.keys()):
-        if began.get(name) != given.get(name):
+        longer = finished and name == "iters" and settings.iters > began.get(name, 0)
+        if began.get(name) != given.get(name) and not longer:
             raise CheckpointError(
-                f"{name}: must be {began.get(name)!r}, as when this run began, found {given.get(name)!r}; "
-                "give the value of the run, or begin a new one with another --out"
+                f"{option_of(name)}: must be {began.get(name)!r}, as when this run began, found "
+                f"{given.get(name)!r}; give the value of the run, or begin a new one with another --out"
             )
 
 
@@ -67,18 +73,26 @@ def check_same_content(saved: dict[str, dict[str, str]], given: dict[str, dict[s
     """Refuses to go on with another student or other data.
 
     Raises:
-        CheckpointError: names the key and both values.
+        CheckpointError: names the option and both values.
     """
     for key in [*saved, *given]:
-        was, now = (
-            f"{of[key]['name']} ({of[key]['sha256'][:16]})" if key in of else "nothing"
-            for of in (saved, given)
+        was, now = saved.get(key), given.get(key)
+        if was is not None and now is not None and was["sha256"] == now["sha256"]:
+            continue
+        options = ", ".join(option_of(name) for name in key.split(", "))
+        found = "nothing" if now is None else now["name"]
+        if was is not None and now is not None and was["name"] == now["name"]:
+            found = f"other content there (SHA-256 {now['sha256'][:16]}, then {was['sha256'][:16]})"
+        raise CheckpointError(
+            f"{options}: must be what this run began with, {was['name'] if was else 'nothing'}, found "
+            f"{found}; give that, or begin a new run with another --out"
         )
-        if key not in saved or key not in given or saved[key]["sha256"] != given[key]["sha256"]:
-            raise CheckpointError(
-                f"{key}: must have the content with which this run began, {was}, found {now}; give that one, "
-                "or begin a new run with another --out"
-            )
+
+
+def option_of(name: str) -> str:
+    """How a setting is given: its option, or its key if it stands in files only."""
+    metadata = {field.name: field.metadata for field in fields(TrainSettings)}[name]
+    return f"--{name.replace('_', '-')}" if "help" in metadata else f"'{name}' in the file"
 
 
 def _defaults() -> dict[str, Any]:
@@ -87,7 +101,7 @@ def _defaults() -> dict[str, Any]:
     return {f.name: plain[f.name] for f in fields(TrainSettings) if f.name not in ("student", "out", "cache")}
 
 
-def _depends_on_length(settings: TrainSettings) -> bool:
+def depends_on_length(settings: TrainSettings) -> bool:
     """Whether the learning rates of a run follow from its number of iterations."""
     if isinstance(settings.lr_schedule, LrSchedule):
         return False

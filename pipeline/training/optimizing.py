@@ -36,7 +36,7 @@ def build_optimizer(settings: TrainSettings) -> optim.Optimizer:
         optimizer: optim.Optimizer = _CLASSES[settings.optimizer](
             learning_rate=learning_rate(settings), **options
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"optimizer_config: {settings.optimizer} must get options it knows, found "
             f"{sorted(options)} ({error}); "

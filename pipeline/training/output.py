@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import to_plain
 from pipeline.settings import TrainSettings
 from pipeline.training.card import Use, model_card
+from pipeline.training.finished import CARD, MODEL
 from pipeline.training.student import adapter_spec
 
 if TYPE_CHECKING:
     from pmetal_distill.models import LoadedModel
 
-MODEL, CARD = "model", "README.md"
 _OF_MLX_LM = (
     *("optimizer", "optimizer_config", "data", "seed", "batch_size", "iters", "val_batches", "learning_rate"),
     *("steps_per_report", "steps_per_eval", "resume_adapter_file", "save_every", "grad_checkpoint"),
@@ -43,7 +43,7 @@ def write_outputs(
     out, written = settings.out, {}
     facts: dict[str, str] = source.describe()
     if settings.fine_tune_type != "full":
-        save_adapters(student.model, out, adapter_config(settings))
+        save_adapters(student.model, out, adapter_config(settings, student.num_layers))
         written["adapters"] = str(out)
     if settings.fine_tune_type == "full" or settings.fuse:
         weights = None if settings.fine_tune_type == "full" else _merged(settings, student, out)
@@ -64,9 +64,9 @@ def _merged(settings: TrainSettings, student: "LoadedModel", folder: Path) -> Ma
     return merged_weights(adapted.model)
 
 
-def adapter_config(settings: TrainSettings) -> dict[str, Any]:
+def adapter_config(settings: TrainSettings, num_blocks: int) -> dict[str, Any]:
     """`adapter_config.json`: the settings that mlx_lm.lora has too, under its names."""
-    spec = adapter_spec(settings)
+    spec = adapter_spec(settings, num_blocks)
     assert spec is not None
     plain = to_plain(settings)
     return {

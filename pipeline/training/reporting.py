@@ -108,5 +108,5 @@ def _iteration(line: str) -> float:
     """Of a line; infinite if it is not one of ours."""
     try:
         return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

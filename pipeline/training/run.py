@@ -4,6 +4,7 @@ Costs forward and backward of the student. `folder` says what lies in the folder
 are the model or its adapters, see `output`.
 """
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,13 @@ from pipeline.training.checkpoints import Checkpoint, Checkpoints
 from pipeline.training.compiling import compile_ahead
 from pipeline.training.config import distill_config
 from pipeline.training.folder import RunFolder
-from pipeline.training.identity import check_same_content, check_same_settings, content_of, deciding_settings
+from pipeline.training.identity import (
+    check_same_content,
+    check_same_settings,
+    content_of,
+    deciding_settings,
+    depends_on_length,
+)
 from pipeline.training.log import RunLog
 from pipeline.training.memory import check_memory, fits_twice
 from pipeline.training.reporting import Metrics, NoMetrics, begin_services
@@ -31,7 +38,7 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """Trains, logs, saves.
 
     With `resume`, goes on from the newest intact checkpoint as if the run had never been stopped; without one
-    it begins anew; a finished run is left as it is.
+    it begins anew; a finished run is left as it is, or made longer if more `iters` are wanted.
 
     Returns:
         the last means of the loss components and of the evaluation, speed, and where the model lies.
@@ -55,7 +62,7 @@ def run_train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     if not world.leads:
         console = Console(quiet=True)
     with open_together(settings, world) as folder:
-        if (result := folder.result) is not None:
+        if (result := folder.result) is not None and settings.iters <= folder.settings().iters:
             check_same_settings(deciding_settings(folder.settings()), settings)
             console.note(f"{folder.path}: the run is finished; nothing was changed")
             return result
@@ -164,10 +171,23 @@ def _checkpoint(
     if not settings.resume:
         return None
     checkpoint = checkpoints.latest(console) if folder.resumed else None
+    if checkpoint is None and folder.result is not None:
+        raise CheckpointError(
+            "--iters: a finished run is made longer from its last checkpoint, found none in "
+            f"{folder.checkpoints}; begin a new run with another --out and this model or these adapters "
+            "(--resume-adapter-file)"
+        )
     if checkpoint is None:
         console.note(f"{folder.path}: no checkpoint to go on from; the run begins anew")
         return None
-    check_same_settings(checkpoint.state.record["settings"], settings)
+    began = checkpoint.state.record["settings"]
+    finished = folder.result is not None or checkpoint.iteration >= began.get("iters", math.inf)
+    check_same_settings(began, settings, finished=finished)
+    if finished and depends_on_length(settings) and settings.iters > began["iters"]:
+        console.note(
+            f"--iters: {settings.iters:,} in place of {began['iters']:,}; learning rates go on as those of a "
+            "run of this length"
+        )
     return checkpoint
 
 
@@ -180,7 +200,7 @@ def _precision(settings: TrainSettings, checkpoint: Checkpoint | None) -> "Stude
     began = None if checkpoint is None else checkpoint.precision
     if began is not None and settings.precision not in (None, began):
         raise CheckpointError(
-            f"precision: must be '{began}', as when this run began, found '{settings.precision}'; give the "
+            f"--precision: must be '{began}', as when this run began, found '{settings.precision}'; give the "
             "value of the run, or begin a new one with another --out"
         )
     return began or settings.precision

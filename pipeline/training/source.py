@@ -121,7 +121,7 @@ def _from_cache(settings: TrainSettings, student: "LoadedModel") -> Source:
 
 def _beside_teacher(settings: TrainSettings, student: "LoadedModel", console: Console) -> Source:
     from pipeline.evaluate import check_same_tokenizer
-    from pipeline.text import packed_text
+    from pipeline.text import note_skipped, packed_text
     from pipeline.training.text_reader import TextReader
     from pmetal_distill.models import load_model, model_fingerprint
 
@@ -136,6 +136,7 @@ def _beside_teacher(settings: TrainSettings, student: "LoadedModel", console: Co
     for note in teacher.notes:
         console.note(f"teacher: {note}")
     check_same_tokenizer(teacher, student)
+    note_skipped(settings.data, console)
     data = packed_text(
         settings.data,
         teacher,

@@ -19,22 +19,25 @@ def prepare_student(settings: TrainSettings, console: Console) -> "LoadedModel":
     adapters, whose weights the seed decides, or those of `resume_adapter_file`.
 
     Raises:
-        ModelError: the student cannot be loaded.
+        ModelError: the student cannot be loaded, or not be trained.
         UsageError: quantized weights that would be trained, or adapters that do not fit.
     """
-    from pmetal_distill.adapters import add_adapters, require_dense, train_last_blocks
+    from pmetal_distill.adapters import add_adapters, require_dense, require_trainable, train_last_blocks
     from pmetal_distill.modelling.recompute import recompute_blocks
     from pmetal_distill.models import load_model
 
     student = load_model(settings.student, trust_remote_code=settings.trust_remote_code)
     for note in student.notes:
         console.note(f"student: {note}")
-    if (spec := adapter_spec(settings)) is not None:
+    require_trainable(student)
+    if settings.num_layers > student.num_layers:
+        console.note(f"num_layers: {settings.num_layers} wanted, {student.num_layers} there: all are trained")
+    if (spec := adapter_spec(settings, student.num_layers)) is not None:
         student = add_adapters(student, spec, seed=settings.seed)
     elif settings.num_layers == -1:
         require_dense(student)
     else:
-        train_last_blocks(student, settings.num_layers)
+        train_last_blocks(student, min(settings.num_layers, student.num_layers))
     if settings.resume_adapter_file is not None:
         _resume(settings, student, console)
     if settings.grad_checkpoint:
@@ -42,8 +45,8 @@ def prepare_student(settings: TrainSettings, console: Console) -> "LoadedModel":
     return student
 
 
-def adapter_spec(settings: TrainSettings) -> "AdapterSpec | None":
-    """The adapters that the settings want; None for full fine-tuning."""
+def adapter_spec(settings: TrainSettings, num_blocks: int) -> "AdapterSpec | None":
+    """The adapters that the settings want of a student with this many blocks; None for full fine-tuning."""
     from pmetal_distill.adapters import AdapterSpec
 
     if settings.fine_tune_type == "full":
@@ -55,7 +58,7 @@ def adapter_spec(settings: TrainSettings) -> "AdapterSpec | None":
         scale=wanted.scale,
         dropout=wanted.dropout,
         keys=wanted.keys,
-        num_layers=settings.num_layers,
+        num_layers=min(settings.num_layers, num_blocks),
     )
 
 
@@ -64,7 +67,7 @@ def _resume(settings: TrainSettings, student: "LoadedModel", console: Console) -
 
     file = settings.resume_adapter_file
     assert file is not None
-    new = load_adapter_weights(student, file, spec=adapter_spec(settings))
+    new = load_adapter_weights(student, file, spec=adapter_spec(settings, student.num_layers))
     if new:
         total = len(adapter_weights(student.model))
         console.note(f"{file}: holds {total - len(new)} of the {total} trained tensors; the others start new")

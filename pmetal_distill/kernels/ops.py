@@ -1,7 +1,7 @@
 """The five row functions of the losses (`losses.chunk.RowOps`) on kernels.
 
 This module has the interface of `losses.rows` and gives the same numbers within rounding. Gradient rows come
-in the logits' own type. Arrays that no kernel takes go to `losses.rows`.
+in the logits' own type. Arrays that no kernel takes, and divergences that none knows, go to `losses.rows`.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,10 @@ import mlx.core as mx
 
 from pmetal_distill.kernels import pair, row
 from pmetal_distill.losses import rows as plain
-from pmetal_distill.losses.divergences import Divergence, Events, Terms
+from pmetal_distill.losses.divergences import Divergence, Events, KernelForm, Terms
 from pmetal_distill.losses.rows import DenseStatistics, SparseStatistics
 from pmetal_distill.reductions import row_logsumexp, row_sum
 from pmetal_distill.target import SoftTarget
-
-BY_SUMS = ("forward_kl", "soft_cross_entropy", "reverse_kl")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +104,8 @@ def dense_statistics(
     divergence: Divergence,
 ) -> DenseStatistics:
     """See `losses.rows.dense_statistics`."""
-    if not _usable(logits, teacher):
+    form = divergence.kernel_form
+    if form is None or not _usable(logits, teacher):
         plain_teacher = plain.teacher_rows(teacher.target)
         return plain.dense_statistics(logits, plain_teacher, labels, inv_temperature, divergence)
     b, t = inv_temperature, teacher
@@ -115,14 +114,13 @@ def dense_statistics(
     top, head, lse = _whole_row(sums)
     soft_lse = mx.logaddexp(sums.soft + (sums.top - top) * b, _logsumexp(head * b))
     norms = pair.PairNorms(top, -soft_lse, other.top, t.tail - other.soft)
-    if divergence.name in BY_SUMS:
-        value, slope = _by_sums(sums, other, t, norms, b, divergence.name)
+    if form.name == "means":
+        value, slope = _by_means(sums, other, t, norms, b, divergence.name)
     else:
-        weights = _weights(divergence)
         value, slope = pair.pair_divergence(
-            logits, t.logits, t.ids, b, norms, weights=weights, ceiling=t.ceiling
+            logits, t.logits, t.ids, b, norms, weights=form.weights, ceiling=t.ceiling
         )
-        value = value + _balance(sums, t, norms, b, divergence)
+        value = value + _balance(sums, t, norms, b, form)
     terms = _head_terms(head, soft_lse, t, b, divergence)
     return DenseStatistics(
         top,
@@ -149,7 +147,8 @@ def dense_gradient(
 ) -> mx.array:
     """See `losses.rows.dense_gradient`; in the logits' type."""
     s, t, b = statistics, teacher, inv_temperature
-    if not _usable(logits, teacher):
+    form = divergence.kernel_form
+    if form is None or not _usable(logits, teacher):
         plain_teacher = plain.teacher_rows(teacher.target)
         return plain.dense_gradient(logits, plain_teacher, labels, b, s, divergence, hard=hard, soft=soft)
     norms = pair.PairNorms(s.top, -s.soft_lse, s.teacher_top, s.teacher_offset)
@@ -165,8 +164,8 @@ def dense_gradient(
         labels,
         b,
         norms,
-        _pair_weights(s, norms, t, b, divergence, soft)._replace(hard=hard * mx.exp(-s.lse)),
-        divergence=_weights(divergence),
+        _pair_weights(s, norms, b, divergence, soft)._replace(hard=hard * mx.exp(-s.lse)),
+        divergence=form.weights,
         head=at_head + hard[:, None] * mx.exp(head - s.lse[:, None]),
         label=-hard,
         ceiling=t.ceiling,
@@ -190,17 +189,6 @@ def _logsumexp(scores: mx.array) -> mx.array:
     return row_logsumexp(scores) if scores.shape[-1] else mx.full(scores.shape[:1], -1.0e30)
 
 
-def _weights(divergence: Divergence) -> pair.Weights | None:
-    """The mixture that the kernels need for a divergence; None for total variation and those made of sums."""
-    p = divergence.parameter or 0.0
-    mixtures = {
-        "jensen_shannon": (p, 1.0 - p, p),
-        "skewed_forward_kl": (1.0, 0.0, p),
-        "skewed_reverse_kl": (0.0, 1.0, 1.0 - p),
-    }
-    return mixtures.get(divergence.name)
-
-
 def _head_terms(
     head: mx.array, soft_lse: mx.array, t: TeacherRows, b: mx.array, divergence: Divergence
 ) -> Terms:
@@ -208,7 +196,7 @@ def _head_terms(
     return divergence.terms(mx, Events(t.head, mx.exp(t.head), lq, mx.exp(lq)))
 
 
-def _by_sums(
+def _by_means(
     sums: row.TailSums,
     other: pair.TeacherSums,
     t: TeacherRows,
@@ -224,25 +212,24 @@ def _by_sums(
     if name == "forward_kl":
         gap = other.forward_gap * b + norms.teacher_offset - below
         return p * gap + (q - p), -p
+    if name != "reverse_kl":
+        raise AssertionError(f"the kernels have no means for {name}")
     value = q * (other.reverse_gap * b + below - norms.teacher_offset)
     return value + (p - q), value + q
 
 
 def _balance(
-    sums: row.TailSums, t: TeacherRows, norms: pair.PairNorms, b: mx.array, divergence: Divergence
+    sums: row.TailSums, t: TeacherRows, norms: pair.PairNorms, b: mx.array, form: KernelForm
 ) -> mx.array:
     """What the skewed divergences add to each token so that all additions cancel: its sum over the tail."""
     p = mx.exp(t.tail)
     q = mx.exp((sums.top - norms.student_top) * b + norms.student_offset + sums.soft)
-    share = 1.0 - (divergence.parameter or 0.0)
-    signs = {"skewed_forward_kl": share, "skewed_reverse_kl": -share}
-    return signs.get(divergence.name, 0.0) * (q - p)
+    return form.balance * (q - p)
 
 
 def _pair_weights(
     s: DenseStatistics,
     norms: pair.PairNorms,
-    t: TeacherRows,
     b: mx.array,
     divergence: Divergence,
     soft: mx.array,

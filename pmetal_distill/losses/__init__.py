@@ -16,6 +16,7 @@ from pmetal_distill.losses.functional import (
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.losses.hidden import HiddenAligner, HiddenStateLoss, layer_pairs
 from pmetal_distill.losses.job import TokenRows
+from pmetal_distill.losses.named import JensenShannonLoss, KLDivergenceLoss, NamedLoss, SoftCrossEntropyLoss
 from pmetal_distill.losses.taid import TaidSchedule, TaidState
 
 __all__ = [
@@ -26,7 +27,11 @@ __all__ = [
     "HeadParts",
     "HiddenAligner",
     "HiddenStateLoss",
+    "JensenShannonLoss",
+    "KLDivergenceLoss",
     "LossParts",
+    "NamedLoss",
+    "SoftCrossEntropyLoss",
     "TaidSchedule",
     "TaidState",
     "TokenRows",

@@ -13,7 +13,7 @@ term like `q_j - p_j`, which sums to zero and makes it blind, to first order, to
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from schemas.errors import UsageError
 
@@ -75,22 +75,54 @@ def _skewed_reverse_kl(xp: ModuleType, e: Events, skew: float) -> Terms:
     return Terms(value + (m - e.q), value + e.q * (1 - skew * (e.q / m)))
 
 
+class KernelForm(NamedTuple):
+    """How the fused kernels add up a divergence outside the teacher's head (`kernels.pair`).
+
+    Attributes:
+        name: "means" for what means over the two rows give, "mixture" or "variation".
+        weights: of a mixture, (a, b, s) for a p ln(p / m) + b q ln(q / m) with m = s p + (1 - s) q.
+        balance: factor of the q - p that the formula adds to each event of a mixture.
+    """
+
+    name: Literal["means", "mixture", "variation"]
+    weights: tuple[float, float, float] | None = None
+    balance: float = 0.0
+
+
 class _Entry(NamedTuple):
     formula: Formula
     parameter: str | None = None
     default: float = 0.0
     refused: frozenset[str] = frozenset()
     slope_is_minus_p: bool = False
+    # By the parameter; None where no kernel knows the formula, which then runs in plain operations.
+    kernel: Callable[[float], KernelForm] | None = None
+
+
+def _means(_: float) -> KernelForm:
+    return KernelForm("means")
 
 
 _REGISTRY: dict[str, _Entry] = {
-    "forward_kl": _Entry(_forward_kl, slope_is_minus_p=True),
-    "reverse_kl": _Entry(_reverse_kl, refused=frozenset({"none"})),
-    "jensen_shannon": _Entry(_jensen_shannon, "beta", 0.5),
-    "soft_cross_entropy": _Entry(_soft_cross_entropy, slope_is_minus_p=True),
-    "total_variation": _Entry(_total_variation),
-    "skewed_forward_kl": _Entry(_skewed_forward_kl, "skew", 0.1),
-    "skewed_reverse_kl": _Entry(_skewed_reverse_kl, "skew", 0.1),
+    "forward_kl": _Entry(_forward_kl, slope_is_minus_p=True, kernel=_means),
+    "reverse_kl": _Entry(_reverse_kl, refused=frozenset({"none"}), kernel=_means),
+    "jensen_shannon": _Entry(
+        _jensen_shannon, "beta", 0.5, kernel=lambda beta: KernelForm("mixture", (beta, 1 - beta, beta))
+    ),
+    "soft_cross_entropy": _Entry(_soft_cross_entropy, slope_is_minus_p=True, kernel=_means),
+    "total_variation": _Entry(_total_variation, kernel=lambda _: KernelForm("variation")),
+    "skewed_forward_kl": _Entry(
+        _skewed_forward_kl,
+        "skew",
+        0.1,
+        kernel=lambda skew: KernelForm("mixture", (1, 0, skew), balance=1 - skew),
+    ),
+    "skewed_reverse_kl": _Entry(
+        _skewed_reverse_kl,
+        "skew",
+        0.1,
+        kernel=lambda skew: KernelForm("mixture", (0, 1, 1 - skew), balance=skew - 1),
+    ),
 }
 
 LOSS_NAMES = tuple(_REGISTRY)
@@ -137,6 +169,13 @@ class Divergence:
     def slope_is_minus_p(self) -> bool:
         """Whether the gradient is (q - p) / T, so that no pass over the row is needed to know it."""
         return _REGISTRY[self.name].slope_is_minus_p
+
+    @property
+    def kernel_form(self) -> KernelForm | None:
+        """What the fused kernels need to know of it; None where they do not know it."""
+        assert self.parameter is not None
+        form = _REGISTRY[self.name].kernel
+        return None if form is None else form(self.parameter)
 
     def check(self, kind: str) -> None:
         """Refuses a target kind with which the divergence has no meaning.

@@ -14,7 +14,7 @@ counts: real models have tokens at which an output tips over, so that the least 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,7 +107,7 @@ class Evidence:
     @classmethod
     def of(cls, model: nn.Module, probe: Probe, logits: mx.array, caches: Caches = lambda: None) -> Self:
         """Two passes, called with `caches()`; `logits` [1, 8, V] are those of `probe.alone`."""
-        alone, plain = logits[0], model(probe.rows, cache=caches())
+        alone, plain = logits.squeeze(0), model(probe.rows, cache=caches())
         roundoff = unit_roundoff(model, logits)
         leak = median(differences(plain[:2, _SHORT:], alone))
         drift = median(differences(plain[2, :_LONG], alone))
@@ -115,7 +115,7 @@ class Evidence:
         noise = roundoff * math.sqrt(len(model.layers))
         shaken = _shaken(model, probe.alone, roundoff, caches)
         if shaken is not None:
-            noise = max(noise, median(differences(shaken[0], alone)))
+            noise = max(noise, median(differences(shaken.squeeze(0), alone)))
         found = cls(roundoff, noise, leak, drift, alone)
         return replace(found, noise=max(noise, drift)) if found.causal else found
 
@@ -187,7 +187,7 @@ def differences(found: mx.array, expected: mx.array) -> mx.array:
 def median(rows: mx.array) -> float:
     """The middle one; NaN if any is."""
     ordered = mx.sort(rows)
-    return math.nan if bool(mx.isnan(rows).any()) else float(ordered[len(rows) // 2])
+    return math.nan if bool(mx.isnan(rows).any()) else cast(list[float], ordered.tolist())[len(rows) // 2]
 
 
 def root_mean_square(rows: mx.array) -> float:

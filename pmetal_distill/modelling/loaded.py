@@ -202,8 +202,8 @@ class LoadedModel:
         numbers = to_device(documents) if isinstance(documents, np.ndarray) else documents
         if self.anatomy.packing == "batch":
             return [(token_ids, document_caches(numbers, windows))], _joined
-        rows = range(len(token_ids))
-        return [(token_ids[i : i + 1], document_caches(numbers[i], windows)) for i in rows], _joined
+        rows = [slice(i, i + 1) for i in range(len(token_ids))]
+        return [(token_ids[r], document_caches(numbers[r].squeeze(0), windows)) for r in rows], _joined
 
     def _apart(
         self, token_ids: mx.array, documents: Documents

@@ -1,9 +1,10 @@
 """Writing shards on threads, so that a cache costs its teacher little more than the forward pass.
 
-Row groups are encoded by several threads, written by one and sealed (read back, hashed, committed) by
-another. Each takes them in order, so bytes and commits are those of `CacheWriter.write_shard`. The threads
-use NumPy and Arrow only. Memory: `encoders` + 2 row groups of about 4,096 tokens, whatever the size of a
-shard; at most eight finished shards wait on disk to be sealed.
+Row groups are encoded by several threads and written by one; shards are flushed, read back and hashed by
+several and committed by one. Rows are written and shards committed in order, so bytes and commits are those
+of `CacheWriter.write_shard`. The threads use NumPy and Arrow only. Memory: `encoders` + 2 row groups of about
+4,096 tokens, and one for each thread that reads back, whatever the size of a shard; at most eight written
+shards wait on disk to be committed. CPU time by thread: `python benchmarks/host_side.py`.
 """
 
 import os
@@ -18,7 +19,8 @@ from pmetal_distill.offline.commit import failing_writes
 from pmetal_distill.offline.shard import EncodedGroup, Numbered, RowGroups, ShardDraft
 from pmetal_distill.offline.writer import CacheWriter, CapturedSequence, Sidecars
 
-MOST_ENCODERS = 4
+MOST_ENCODERS = 8
+MOST_CHECKERS = 4
 UNSEALED_SHARDS = 8
 
 
@@ -36,20 +38,29 @@ class _Shard:
 class BackgroundWriter:
     """Takes the sequences of shard after shard, and commits the shards. Use as a context manager.
 
-    Leaving the context waits until all is committed. Leaving it by an exception drops the shard at hand and
-    what waits to be written; what was committed stays. An error on a thread stops all behind it and is raised
-    by the next call, or on leaving; the shards before it are committed.
+    Leaving the context waits until all is committed. Leaving it by an error drops the shard at hand, whose
+    sequences are not all there; the shards before it are committed. An interrupt drops what waits to be
+    written too: whoever asks for an end does not wait for it. What was committed stays. An error on a
+    thread stops all behind it and is raised by the next call, or on leaving; the shards before it are
+    committed.
 
     Args:
         writer: of the cache; not to be used by anyone else meanwhile.
-        encoders: threads that encode; half of the cores, at most 4, if None.
+        encoders: threads that encode; half of the cores, at most 8, if None.
+        checkers: threads that flush, read back and hash, which wait for the disk much of the time; a quarter
+            of the cores, 2 to 4, if None.
     """
 
-    def __init__(self, writer: CacheWriter, *, encoders: int | None = None) -> None:
-        encoders = encoders or max(1, min(MOST_ENCODERS, (os.cpu_count() or 2) // 2))
+    def __init__(
+        self, writer: CacheWriter, *, encoders: int | None = None, checkers: int | None = None
+    ) -> None:
+        cores = os.cpu_count() or 2
+        encoders = encoders or max(1, min(MOST_ENCODERS, cores // 2))
+        checkers = checkers or min(MOST_CHECKERS, max(2, cores // 4))
         self._writer = writer
         self._encoding = ThreadPoolExecutor(encoders, "encode")
         self._writing = ThreadPoolExecutor(1, "write")
+        self._checking = ThreadPoolExecutor(checkers, "check")
         self._sealing = ThreadPoolExecutor(1, "seal")
         self._room = threading.BoundedSemaphore(encoders + 2)
         self._unsealed = threading.BoundedSemaphore(UNSEALED_SHARDS)
@@ -129,10 +140,18 @@ class BackgroundWriter:
     def _finish(self, shard: _Shard) -> None:
         if self._error is None:
             self._unsealed.acquire()
-            self._sealing.submit(self._seal, shard).add_done_callback(self._note_sealed)
+            checked = self._checking.submit(self._check, shard)
+            self._sealing.submit(self._seal, shard, checked).add_done_callback(self._note_sealed)
 
-    def _seal(self, shard: _Shard) -> None:
+    def _check(self, shard: _Shard) -> None:
+        """Nothing is done for a shard after one that failed."""
         if not self._seal_failed:
+            with failing_writes(f"shard {shard.index}"):
+                shard.draft.finish()
+
+    def _seal(self, shard: _Shard, checked: "Future[None]") -> None:
+        if not self._seal_failed:
+            checked.result()
             self._writer.commit(shard.index, shard.draft, shard.sidecars, shard.measured)
             self._open.remove(shard.draft)
 
@@ -153,10 +172,12 @@ class BackgroundWriter:
             raise self._error
 
     def _stop(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._fail(error)
-        self._encoding.shutdown(cancel_futures=error is not None)
+        interrupted = error is not None and not isinstance(error, Exception)
+        if interrupted:
+            self._fail(error)  # type: ignore[arg-type]
+        self._encoding.shutdown(cancel_futures=interrupted)
         self._writing.shutdown()
+        self._checking.shutdown()
         self._sealing.shutdown()
         for draft in self._open:
             draft.abandon()

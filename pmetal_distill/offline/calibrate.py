@@ -2,13 +2,13 @@
 
 Costs products and a few passes over the logits of at most 13k of the sampled tokens, made again in each pass
 from the hidden states (16k tokens of a 135M model on two cores: half a minute). On a GPU those passes run
-there; the products of the fit stay in NumPy's float64.
+there; the products of the fit stay in NumPy's float64, on another thread and a float32 copy of the head.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ from pmetal_distill.offline.sketch import (
     fit_basis_logits,
     meant_tokens,
 )
-from pmetal_distill.steps import Steps, finish
+from pmetal_distill.steps import Steps, at_once, beside, finish
 from pmetal_distill.tail_basis import TailBasis
 from schemas.arrays import Float32, Int32, TargetArrays, TokenRows
 from schemas.basis import NO_CEILING, SketchBasis, plan_groups
@@ -159,8 +159,9 @@ class Fitting:
             UsageError: too few tokens for the rank.
         """
         if rank not in self._fitted:
-            self._fitted[rank] = fit_sketch(self._moments, self.sample, self.head, rank)
-        return _finish(self.sample, self.held_back, spec, self._fitted[rank], self._moments, step=step)
+            self._fitted[rank] = finish(fitting_sketch(self._moments, self.sample, self.head, rank))
+        fitted = self._fitted[rank]
+        return finish(_finishing(self.sample, self.held_back, spec, fitted, self._moments, step=step))
 
 
 def sum_moments(sample: Sample) -> Moments:
@@ -255,9 +256,19 @@ class DriftMonitor:
     factor: float = DRIFT_FACTOR
     temperature: float = 2.0
 
+    def drift(self, error: Mapping[float, TargetError]) -> float:
+        """How many times the calibration's KL these errors' is."""
+        return self._kl(error) / max(self._kl(self.calibration.error), 1e-30)
+
     def drifted(self, error: Mapping[float, TargetError]) -> bool:
         """Whether these errors are out of bounds."""
-        return self._kl(error) > self.factor * self._kl(self.calibration.error)
+        return self.drift(error) > self.factor
+
+    def errors(self, held_back: Sample) -> Steps[dict[float, TargetError]]:
+        """Errors of the calibration that there is, on tokens of other text; in steps."""
+        known = self.calibration
+        codec = Codec(known.spec, known.basis, known.codebook)
+        return (yield from measuring(held_back, codec, known.map, tail=known.tail))
 
     def choose(self, sample: Sample, held_back: Sample) -> Calibration:
         """The calibration for a stretch: the one there is with this stretch's errors, or a new one.
@@ -268,42 +279,48 @@ class DriftMonitor:
         return finish(self.choosing(sample, held_back))
 
     def choosing(self, sample: Sample, held_back: Sample) -> Steps[Calibration]:
-        """`choose` in steps; a new calibration is made in one."""
-        known = self.calibration
-        codec = Codec(known.spec, known.basis, known.codebook)
-        error = yield from measuring(held_back, codec, known.map, tail=known.tail)
-        kept = replace(known, error=error)
+        """`choose` in steps."""
+        error = yield from self.errors(held_back)
+        kept = replace(self.calibration, error=error)
         if not self.drifted(error):
             return kept
-        new = self._refit(sample, held_back)
+        new = yield from self._refitting(sample, held_back)
         return new if self._kl(new.error) < LEAST_GAIN * self._kl(error) else kept
 
     def _kl(self, error: Mapping[float, TargetError]) -> float:
         return error[self.temperature].kl
 
-    def _refit(self, sample: Sample, held_back: Sample) -> Calibration:
+    def _refitting(self, sample: Sample, held_back: Sample) -> Steps[Calibration]:
         known = self.calibration
         pooled = None
         if known.moments is not None:
             own = sum_moments(sample)
             pooled = own + known.moments.scaled(own.tokens)
-        fitted = fit_sketch(pooled, sample, self.head, known.basis.rank)
-        return _finish(sample, held_back, known.spec, fitted, pooled, step=known.basis.step)
+        yield
+        fitted = yield from fitting_sketch(pooled, sample, self.head, known.basis.rank)
+        step = known.basis.step
+        return (yield from _finishing(sample, held_back, known.spec, fitted, pooled, step=step))
 
 
-def fit_sketch(
+def fitting_sketch(
     moments: Moments | None, sample: Sample, head: LinearWeights | None, rank: int
-) -> FittedSketch:
-    """The basis before it is rounded: from moments and a linear head, else from the sample's logits.
+) -> Steps[FittedSketch]:
+    """The basis before it is rounded: from moments and a linear head, else from its logits; in steps.
 
-    Its first coordinates are the basis of a lower rank (exactly so with a linear head).
+    Its first coordinates are the basis of a lower rank (exactly so with a linear head). Beside a GPU the fit
+    runs on a thread, over a copy of the head in float32.
     """
     if moments is None or head is None:
         return fit_basis_logits(sample.logits, rank=rank)
-    return fit_basis_linear(moments, head.weight, rank=rank, bias=head.bias, scale=head.scale)
+    weight: Any = head.weight
+    bias: Any = head.bias
+    if on_gpu():
+        weight, bias = (None if part is None else as_numpy(part).copy() for part in (weight, bias))
+    fit = partial(fit_basis_linear, moments, weight, rank=rank, bias=bias, scale=head.scale)
+    return (yield from (beside if on_gpu() else at_once)(fit))
 
 
-def _finish(
+def _finishing(
     sample: Sample,
     held_back: Sample,
     spec: TargetSpec,
@@ -311,14 +328,25 @@ def _finish(
     moments: Moments | None,
     *,
     step: float,
-) -> Calibration:
+) -> Steps[Calibration]:
     thinned = sample.thinned(CODING_ROWS)
     captured = thinned.captured(spec, fitted.map)
-    codebook = Codebook.fit(captured, spec)
-    plain = with_predictor(fitted.basis(step=step), captured, thinned.token_ids)
-    basis, tail = with_best_margin(sample.thinned(MARGIN_ROWS), Codec(spec, plain, codebook), fitted.map)
-    error = measure(held_back, Codec(spec, basis, codebook), fitted.map, tail=tail)
-    return Calibration(spec, basis, codebook, fitted.map, error, fitted, moments, tail)
+    code = partial(_coded, spec, fitted, captured, thinned.token_ids, step=step)
+    codec = yield from (beside if on_gpu() else at_once)(code)
+    basis, tail = with_best_margin(sample.thinned(MARGIN_ROWS), codec, fitted.map)
+    yield
+    codec = replace(codec, basis=basis)
+    error = yield from measuring(held_back, codec, fitted.map, tail=tail)
+    assert codec.codebook is not None
+    return Calibration(spec, basis, codec.codebook, fitted.map, error, fitted, moments, tail)
+
+
+def _coded(
+    spec: TargetSpec, fitted: FittedSketch, captured: TargetArrays, ids: Int32 | None, *, step: float
+) -> Codec:
+    """Codebook, predictor and groups."""
+    basis = with_predictor(fitted.basis(step=step), captured, ids)
+    return Codec(spec, basis, Codebook.fit(captured, spec))
 
 
 def with_predictor(basis: SketchBasis, captured: TargetArrays, token_ids: Int32 | None) -> SketchBasis:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pmetal_distill.home import cache_home
@@ -31,14 +32,22 @@ class Mirror:
         url: of the cache.
         root: where the copy lies; a folder of its own in `cache_home()` if None.
         limit_bytes: room for shards; $PMETAL_MIRROR_GB, else 32 GiB, if None. The shard in use stays.
+        told: hears of attempts that failed.
 
     Raises:
         UsageError: a URL that nothing installed can open, or not a cache.
         CacheError: the storage does not answer.
     """
 
-    def __init__(self, url: str, *, root: Path | None = None, limit_bytes: int | None = None) -> None:
-        self.remote = RemoteFolder(url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        root: Path | None = None,
+        limit_bytes: int | None = None,
+        told: Callable[[str], None] | None = None,
+    ) -> None:
+        self.remote = RemoteFolder(url, told=told)
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
         self.root = root or cache_home() / "mirrors" / name
         self._limit = _room() if limit_bytes is None else limit_bytes

@@ -263,7 +263,7 @@ class LogitCache:
         done = self.store.committed()
         if len(done) != self.dataset.num_shards and not allow_partial:
             found = f"{len(done)} of {self.dataset.num_shards}"
-            advice = "run 'pmetal-pipeline cache --resume', or allow a partial cache"
+            advice = "finish it with 'pmetal-pipeline cache --resume'"
             raise IncompatibleError(
                 f"{self.store.root.name}: all shards must be committed, found {found}; {advice}"
             )

@@ -4,29 +4,16 @@ Killed at any point, it leaves a cache in which each shard is whole or missing: 
 It keeps writers out while it works, so that it cannot take away what they have just written.
 """
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmetal_distill.offline.commit import (
-    check_folder,
-    failing_writes,
-    flush_file,
-    flush_folder,
-    guard,
-    move,
-    read_plain,
-    release,
-)
-from pmetal_distill.offline.mending import mended, recorded_checksum
-from pmetal_distill.offline.store import DATASET, SHARD_FILE, Store
+from pmetal_distill.offline.commit import failing_writes, flush_folder
+from pmetal_distill.offline.mending import QUARANTINE, alone, mend_dataset, new_quarantine, replace_file
+from pmetal_distill.offline.store import DATASET, SHARD_FILE, SPARE, Store
 from pmetal_distill.offline.verify import Finding, verify_cache
-from schemas.errors import CorruptionError, VersionError
-from schemas.manifest import MAX_DATASET_BYTES
 
-QUARANTINE = "quarantine"
+__all__ = ["QUARANTINE", "RepairReport", "repair_cache"]
 
 
 @dataclass(slots=True)
@@ -36,11 +23,13 @@ class RepairReport:
     Attributes:
         shards: to be written again: `CacheWriter.missing_shards()` now lists them, too.
         moved: files that went to the quarantine, relative to the cache.
+        mended: files that are right again without being written anew.
         left: findings that repair cannot act on.
     """
 
     shards: list[int] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
     left: list[Finding] = field(default_factory=list)
 
 
@@ -52,7 +41,8 @@ def repair_cache(
 ) -> RepairReport:
     """Verify a cache and quarantine what is damaged, with every commit record that depends on it.
 
-    A `dataset.json` with one wrong byte is put right from what the commit records say of it.
+    A damaged or missing `dataset.json` comes back from its spare copy; without one, a single wrong byte in it
+    is put right from what the commit records say of it.
 
     Args:
         path: the folder.
@@ -66,59 +56,19 @@ def repair_cache(
     """
     root = Path(path)
     if dry_run:
-        first = _repair_dataset(root, dry_run=True)
+        first = mend_dataset(root, dry_run=True)
         return RepairReport(moved=first) if first else _repair(root, dry_run=True, progress=progress)
-    with _alone(root):
-        first = _repair_dataset(root, dry_run=False)
+    was_there = (root / DATASET).exists()
+    with alone(root):
+        first = mend_dataset(root)
     if first and not (root / DATASET).exists():
         return RepairReport(moved=first)
-    with _alone(root):
+    with alone(root):
         report = _repair(root, dry_run=False, progress=progress)
     report.moved = [*first, *report.moved]
+    if first or not was_there:
+        report.mended.insert(0, DATASET)
     return report
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    handle = guard(root, exclusive=True)
-    try:
-        yield
-    finally:
-        release(handle)
-
-
-def _repair_dataset(root: Path, *, dry_run: bool) -> list[str]:
-    """Puts a damaged `dataset.json` right, or aside where no record needs it; what went to quarantine."""
-    try:
-        Store.open(root)
-    except (CorruptionError, VersionError) as error:
-        data = read_plain(root / DATASET, max_bytes=MAX_DATASET_BYTES)
-        check_folder(root / "commits")
-        checksum = recorded_checksum(root / "commits")
-        whole = mended(data, checksum) if checksum else None
-        if whole == data:
-            raise
-        if checksum and whole is None:
-            advice = "restore it from a copy, or move it away and run 'cache --resume' with the same options"
-            raise type(error)(f"{error}; {advice}") from error
-        if not dry_run:
-            with failing_writes(f"{root.name}/{DATASET}"):
-                if whole is None:
-                    _move(root, [DATASET])
-                else:
-                    _replace(root / DATASET, whole, _new_quarantine(root))
-        return [DATASET]
-    return []
-
-
-def _replace(path: Path, data: bytes, quarantine: Path) -> None:
-    """Puts `data` in the place of a file, whole or not at all, and keeps a copy of what was there."""
-    shutil.copyfile(path, quarantine / path.name)
-    draft = quarantine / f"new-{path.name}"
-    with draft.open("xb") as handle:
-        handle.write(data)
-        flush_file(handle)
-    move(draft, path)
 
 
 def _repair(root: Path, *, dry_run: bool, progress: Callable[[int, int], None] | None) -> RepairReport:
@@ -130,10 +80,21 @@ def _repair(root: Path, *, dry_run: bool, progress: Callable[[int, int], None] |
     report.moved += sorted(
         {f.path for f in found.findings if _is_movable(f, store) and f.path not in report.moved}
     )
+    if any(f.kind == "damage" and f.path == SPARE for f in found.findings):
+        report.mended.append(SPARE)
     if not dry_run:
         with failing_writes(f"{store.root.name}/{QUARANTINE}"):
             _move(store.root, report.moved)
+            if report.mended:
+                _renew_spare(store.root)
     return report
+
+
+def _renew_spare(root: Path) -> None:
+    scratch = new_quarantine(root)
+    if (root / SPARE).exists() or (root / SPARE).is_symlink():
+        (root / SPARE).rename(scratch / SPARE)
+    replace_file(root / SPARE, (root / DATASET).read_bytes(), scratch)
 
 
 def _is_left(finding: Finding) -> bool:
@@ -163,29 +124,10 @@ def _files_of(store: Store, shard: int) -> list[str]:
 def _move(root: Path, names: list[str]) -> None:
     if not names:
         return
-    target = _new_quarantine(root)
+    target = new_quarantine(root)
     for name in names:
         source = root / name
         if source.exists() or source.is_symlink():
             source.rename(target / name.replace("/", "-"))
             flush_folder(source.parent)
     flush_folder(target)
-
-
-def _new_quarantine(root: Path) -> Path:
-    with suppress(FileExistsError):
-        (root / QUARANTINE).mkdir()
-    check_folder(root / QUARANTINE)
-    return _fresh_folder(root / QUARANTINE)
-
-
-def _fresh_folder(parent: Path) -> Path:
-    number = 0
-    while True:
-        folder = parent / f"{number:04d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder

@@ -7,7 +7,7 @@ import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +117,7 @@ class ShardDraft:
         self._states = _ParquetFile(scratch.path("hidden.parquet"), hidden.schema, level) if hidden else None
         self._groups: list[tuple[int, ...]] = []
         self._saturation = Saturation()
+        self._finished: ShardFiles | None = None
 
     def encode(self, group: list[Numbered]) -> EncodedGroup:
         """The tables of a row group; touches nothing else.
@@ -149,14 +150,16 @@ class ShardDraft:
         self._saturation += group.saturation
 
     def finish(self) -> ShardFiles:
-        """Flushes the files, reads them back, hashes them.
+        """Flushes the files, reads them back, hashes them; once, however often it is called.
 
         Raises:
             CorruptionError: a file did not read back as written.
         """
-        written = self._targets.finish()
-        states = self._states.finish() if self._states else None
-        return ShardFiles(written, states, tuple(self._groups), self._saturation)
+        if self._finished is None:
+            written = self._targets.finish()
+            states = self._states.finish() if self._states else None
+            self._finished = ShardFiles(written, states, tuple(self._groups), self._saturation)
+        return self._finished
 
     def abandon(self) -> None:
         """Lets go of unfinished files; the scratch folder takes them with it when it ends."""
@@ -238,20 +241,29 @@ def _stack(group: list[Numbered]) -> tuple[TargetArrays, TokenRows]:
         np.concatenate([s.documents for _, s in group]).astype(np.int32),
         np.concatenate([s.loss_mask for _, s in group]).astype(np.bool_),
     )
-    return TargetArrays.concatenate([_spelled_out(number, s) for number, s in group]), rows
+    return _spelled_out(group, len(rows)), rows
 
 
-def _spelled_out(number: int, sequence: "CapturedSequence") -> TargetArrays:
+def _spelled_out(group: list[Numbered], num_tokens: int) -> TargetArrays:
     """Targets of every position, zeros where there are none because the position is not trained."""
-    targets, mask = sequence.targets, sequence.loss_mask
-    if targets.leading == mask.shape:
-        return targets
-    if targets.leading != (int(mask.sum()),):
-        must = f"targets must be those of all {len(mask)} positions or of the {mask.sum()} trained ones"
-        raise IncompatibleError(f"sequence {number}: {must}, found {targets.leading}")
-    whole = TargetArrays.empty(len(mask), k=targets.k, num_nodes=targets.num_nodes, rank=targets.rank)
-    for empty, part in zip(whole.parts(), targets.parts(), strict=True):
-        empty[mask] = part
+    first = group[0][1].targets
+    sizes = (first.k, first.num_nodes, first.rank)
+    whole = TargetArrays.empty(num_tokens, k=sizes[0], num_nodes=sizes[1], rank=sizes[2])
+    start = 0
+    for number, sequence in group:
+        targets, mask = sequence.targets, sequence.loss_mask
+        if (targets.k, targets.num_nodes, targets.rank) != sizes:
+            must = f"targets must have the widths of sequence {group[0][0]}, {first.shapes()}"
+            raise IncompatibleError(f"sequence {number}: {must}, found {targets.shapes()}")
+        trained: Any = np.flatnonzero(mask)
+        if targets.leading == mask.shape:
+            trained = slice(None)
+        elif targets.leading != trained.shape:
+            must = f"targets must be those of all {len(mask)} positions or of the {len(trained)} trained ones"
+            raise IncompatibleError(f"sequence {number}: {must}, found {targets.leading}")
+        for all_of_them, part in zip(whole.parts(), targets.parts(), strict=True):
+            all_of_them[start : start + len(mask)][trained] = part
+        start += len(mask)
     return whole
 
 

@@ -122,14 +122,15 @@ def fit_basis_linear(
     scale: float | None = None,
     chunk: int = 8192,
 ) -> FittedSketch:
-    """The basis of a linear head, logits = scale * (hidden @ weight.T) + bias, from moments of hidden states.
+    """The basis of a linear head, logits = scale * (hidden @ weight.T + bias), from moments of hidden
+    states.
 
     Args:
         moments: of the calibration tokens.
         weight: [V, d], any float type; converted `chunk` rows at a time.
         rank: r.
         bias: [V], or None.
-        scale: or None for 1.
+        scale: of the products and the bias, as in `modelling.heads`; None for 1.
         chunk: rows of `weight` in float32 at once.
 
     Raises:
@@ -153,7 +154,7 @@ def fit_basis_linear(
         mean[rows] = centred @ moments.mean.astype(np.float32)
         components[rows] = centred @ back
     if bias is not None:
-        mean += as_numpy(bias)
+        mean += np.float32(factor) * as_numpy(bias)
     made = CoordinateMap(
         "hidden", projection.astype(np.float32), (-projection @ moments.mean).astype(np.float32)
     )

@@ -22,10 +22,11 @@ from schemas.manifest import (
 )
 from schemas.tensors import MAX_HEADER_BYTES
 
-__all__ = ["DATASET", "FOLDERS", "SHARD_FILE", "Store"]
+__all__ = ["DATASET", "FOLDERS", "SHARD_FILE", "SPARE", "Store"]
 
 MAX_SIDECAR_BYTES = 1 << 32
 MAX_TOKENIZER_BYTES = 1 << 28
+SPARE = ".dataset.json"
 FOLDERS = ("shards", "commits", "bases", "tokenizer")
 SHARD_FILE = re.compile(r"(?:targets|hidden)-(\d{5,8})-[0-9a-f]{16}\.parquet")
 _RECORD_NAME = re.compile(r"(\d{5,8})\.json")

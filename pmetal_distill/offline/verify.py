@@ -6,15 +6,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from pmetal_distill.offline.commit import hash_stream, open_plain
+from pmetal_distill.offline.commit import hash_stream, open_plain, read_plain
 from pmetal_distill.offline.invariants import broken_rows, unclean_masked_row
 from pmetal_distill.offline.mending import recorded_checksum
 from pmetal_distill.offline.shard_reader import CheckedFiles, Shard, ShardReader, file_identity
-from pmetal_distill.offline.store import DATASET, MAX_TOKENIZER_BYTES, Store
+from pmetal_distill.offline.store import DATASET, MAX_TOKENIZER_BYTES, SPARE, Store
 from schemas.codec import Codec
 from schemas.errors import CacheError, CorruptionError
 from schemas.hidden import HiddenCodec
-from schemas.manifest import CommitRecord
+from schemas.manifest import MAX_DATASET_BYTES, CommitRecord
 
 MAX_MISSING = 1000
 Kind = Literal["damage", "missing", "orphan"]
@@ -82,6 +82,7 @@ def verify_cache(path: Path | str, *, progress: Callable[[int, int], None] | Non
     if foreign := _foreign(store, done):
         report.findings.append(foreign)
         return report
+    report.findings += _check_spare(store)
     named: set[str] = set()
     for count, shard in enumerate(done):
         report.findings += _check_shard(store, shard, report, named)
@@ -123,6 +124,20 @@ def _missing(num_shards: int, done: list[int]) -> Iterator[Finding]:
     left = num_shards - len(done) - MAX_MISSING
     if left > 0:
         yield Finding("missing", "commits", f"{must} of {left:,} more shards; {advice}")
+
+
+def _check_spare(store: Store) -> Iterator[Finding]:
+    """The spare copy of `dataset.json`, which a cache need not have."""
+    path = store.root / SPARE
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        same = read_plain(path, max_bytes=MAX_DATASET_BYTES) == (store.root / DATASET).read_bytes()
+        message = "must be a copy of dataset.json, found other bytes; run 'pmetal-pipeline repair'"
+    except CorruptionError as error:
+        same, message = False, str(error)
+    if not same:
+        yield Finding("damage", SPARE, message)
 
 
 def _check_tokenizer(store: Store) -> Iterator[Finding]:

@@ -20,15 +20,35 @@ from pmetal_distill.offline.commit import (
     put_if_absent,
     write_scratch,
 )
+from pmetal_distill.offline.mending import alone, mend_dataset, spare_dataset
 from pmetal_distill.offline.shard import RowGroups, ShardDraft, ShardFiles
-from pmetal_distill.offline.store import DATASET, FOLDERS, SHARD_FILE, Store
+from pmetal_distill.offline.store import DATASET, FOLDERS, SHARD_FILE, SPARE, Store
 from schemas.arrays import Bool, Float32, Int32, TargetArrays
 from schemas.basis import SketchBasis
 from schemas.codebook import Codebook
 from schemas.codec import Codec, Saturation
-from schemas.errors import CacheError, CorruptionError, FingerprintError, IncompatibleError, UsageError
+from schemas.errors import (
+    CacheError,
+    CorruptionError,
+    FingerprintError,
+    IncompatibleError,
+    UsageError,
+    VersionError,
+)
 from schemas.hidden import HiddenBasis, HiddenCodec
 from schemas.manifest import FINGERPRINT_PARTS, CommitRecord, Dataset, FileRef, hashed_name
+
+_OPTIONS = {
+    "teacher": "--teacher",
+    "data": "--data",
+    "packing": "--max-seq-len, --pack, --mask-prompt",
+    "max_sequence_length": "--max-seq-len",
+    "sequences_per_shard": "--sequences-per-shard",
+    "codec": "--sketch-rank, --sketch-step, --calibration-tokens",
+    "target.k": "--top-k",
+    "target.tail": "--tail",
+    "hidden": "--hidden-layers",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +98,7 @@ class CacheWriter:
     def create_or_resume(
         folder: Path, dataset: Dataset, tokenizer_files: Mapping[str, bytes], *, zstd_level: int = 1
     ) -> "CacheWriter":
-        """Open a folder for writing this dataset; creates it when there is none.
+        """Open a folder for writing this dataset; creates it when there is none, mends its `dataset.json`.
 
         Args:
             folder: empty, missing, or a cache of the same dataset.
@@ -98,10 +118,12 @@ class CacheWriter:
         _check_new(data)
         with failing_writes(f"{folder.name}"):
             _prepare(folder)
+            _mend(folder, data)
             with Scratch(folder) as scratch:
                 put_if_absent(write_scratch(scratch, DATASET, data), folder / DATASET)
                 store = Store.open(folder)
                 _check_same(store.dataset, wanted)
+                _keep_spare(store, scratch)
                 _write_tokenizer(store, tokenizer_files, scratch)
             return CacheWriter(store, zstd_level=zstd_level)
 
@@ -271,6 +293,28 @@ def _prepare(folder: Path) -> None:
     flush_folder(folder)
 
 
+def _mend(folder: Path, wanted: bytes) -> None:
+    """Puts a damaged or missing `dataset.json` of a cache right; `wanted` is what it probably was."""
+    if (folder / DATASET).exists() or (folder / DATASET).is_symlink():
+        try:
+            Store.open(folder)
+        except (CorruptionError, VersionError):
+            pass
+        else:
+            return
+    elif spare_dataset(folder) is None:
+        return
+    with alone(folder):
+        mend_dataset(folder, guesses=[wanted])
+
+
+def _keep_spare(store: Store, scratch: Scratch) -> None:
+    """A second copy of `dataset.json`, which all records depend on."""
+    if not (store.root / SPARE).exists():
+        data = (store.root / DATASET).read_bytes()
+        put_if_absent(write_scratch(scratch, DATASET, data), store.root / SPARE)
+
+
 def _is_strange(name: str, known: set[str]) -> bool:
     return name not in known and not name.startswith(".")
 
@@ -294,15 +338,23 @@ def _check_same(found: Dataset, wanted: Dataset) -> None:
         differing.append("tokenizer files")
     if differing:
         values = "; ".join(
-            f"{d}: {_value(found, d)} in the cache, {_value(wanted, d)} now" for d in differing[:4]
+            f"{_named(d)}: {_value(found, d)} in the cache, {_value(wanted, d)} now" for d in differing[:4]
         )
         advice = "give the same inputs, or another output folder"
-        raise FingerprintError(f"{DATASET}: the cache must be of the same inputs, {values}; {advice}")
+        raise FingerprintError(f"{values}; {DATASET}: the cache must be of the same inputs; {advice}")
+
+
+def _named(part: str) -> str:
+    """A part with the options that decide it, which is what a user can change."""
+    return f"{_OPTIONS[part]} ({part})" if part in _OPTIONS else part
 
 
 def _value(dataset: Dataset, name: str) -> str:
+    if name in ("teacher", "data") and name in dataset.meta:
+        return f"{dataset.meta[name]} ({dataset.fingerprint[name].removeprefix('sha256:')[:12]})"
     if name in dataset.fingerprint:
-        return repr(dataset.fingerprint[name][:40])
+        value = dataset.fingerprint[name]
+        return repr(value[:40] if value.startswith("sha256:") else value)
     if name.startswith("target."):
         return repr(dataset.target.to_json()[name.removeprefix("target.")])
     return "other" if name == "tokenizer files" else repr(getattr(dataset, name))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
 from pmetal_distill.offline.mending import mended
 from pmetal_distill.offline.repair import repair_cache
 from pmetal_distill.offline.verify import verify_cache
@@ -26,8 +27,70 @@ def test_one_byte_is_found_wherever_it_is(world: World) -> None:
     assert mended(data.replace(b"sha256:aaaa", b"sha256:bbaa"), checksum) is None
 
 
-def test_more_is_said_and_nothing_moves(world: World, tmp_path: Path) -> None:
+SPARE = ".dataset.json"
+
+
+def older(world: World, folder: Path) -> Path:
+    """A copy of the cache as it was before there were spare copies."""
+    world.copy(folder)
+    (folder / SPARE).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["one byte", "two bytes", "emptied", "cut", "deleted"])
+@pytest.mark.parametrize("by", ["repair", "resume"])
+def test_the_spare_copy_brings_it_back(world: World, tmp_path: Path, how: str, by: str) -> None:
     folder = world.copy(tmp_path / "c")
+    path = folder / "dataset.json"
+    data = path.read_bytes()
+    path.unlink()
+    if how != "deleted":
+        wrong = {"one byte": b"sha256:abaa", "two bytes": b"sha256:bbaa"}
+        changed = data.replace(b"sha256:aaaa", wrong[how]) if how in wrong else data[: 9 * (how == "cut")]
+        path.write_bytes(changed)
+    if by == "repair":
+        assert repair_cache(folder).mended == ["dataset.json"]
+    else:
+        world.write(folder)
+    world.check_whole(folder)
+
+
+@pytest.mark.parametrize("damaged", [b"sha256:abaa", b"sha256:bbaa"])
+def test_an_older_cache_is_mended_by_what_is_written_again(
+    world: World, tmp_path: Path, damaged: bytes
+) -> None:
+    folder = older(world, tmp_path / "c")
+    path = folder / "dataset.json"
+    path.write_bytes(path.read_bytes().replace(b"sha256:aaaa", damaged))
+    world.write(folder)
+    world.check_whole(folder)
+
+
+def test_a_spare_copy_of_another_cache_is_not_believed(world: World, tmp_path: Path) -> None:
+    other = World(tmp_path / "other", teacher="sha256:other")
+    folder = world.copy(tmp_path / "c")
+    (folder / SPARE).write_bytes(other.files["dataset.json"])
+    assert [finding.path for finding in verify_cache(folder).findings] == [SPARE]
+    path = folder / "dataset.json"
+    path.write_bytes(path.read_bytes().replace(b"sha256:aaaa", b"sha256:abaa"))
+    assert repair_cache(folder).mended == ["dataset.json", SPARE]
+    world.check_whole(folder)
+
+
+def test_the_commands_bring_it_back(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = older(world, tmp_path / "c")
+    path = folder / "dataset.json"
+    path.write_bytes(path.read_bytes().replace(b"sha256:aaaa", b"sha256:abaa"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(folder)])
+    assert stopped.value.code == 1
+    main(["repair", str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["mended"] == ["dataset.json"]
+    world.check_committed(folder)
+
+
+def test_more_is_said_and_nothing_moves(world: World, tmp_path: Path) -> None:
+    folder = older(world, tmp_path / "c")
     path = folder / "dataset.json"
     path.write_bytes(path.read_bytes().replace(b"sha256:aaaa", b"sha256:bbaa"))
     before = contents(folder)

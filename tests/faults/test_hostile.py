@@ -175,7 +175,7 @@ def test_a_file_that_grows_while_it_is_hashed_ends(tmp_path: Path) -> None:
 def test_sixteen_million_missing_shards_are_counted_not_listed(world: World, tmp_path: Path) -> None:
     folder = world.copy(tmp_path / "c")
     dataset(lambda raw: raw.update(num_sequences=(1 << 25)))(folder)
-    findings = verify_cache(folder).findings
+    findings = [finding for finding in verify_cache(folder).findings if finding.kind == "missing"]
     assert len(findings) == MAX_MISSING + 1
     assert "16,776,214 more shards" in findings[-1].message
 

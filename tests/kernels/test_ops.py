@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from pmetal_distill.kernels import capture, engaged, ops
+from pmetal_distill.losses import divergences
 from pmetal_distill.losses.chunk import PLAIN_OPS, Chunk, RowOps
 from pmetal_distill.losses.chunked_head import HeadOptions, head_loss
-from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence
+from pmetal_distill.losses.divergences import LOSS_NAMES, Divergence, Events, Terms
 from pmetal_distill.losses.head import HeadParts
 from pmetal_distill.target import SoftTarget, TailBasis, TeacherTarget
 from schemas.curve import TailCurve
@@ -69,6 +70,20 @@ def test_values_and_gradients_equal_plain_operations(kind: str, name: str) -> No
             errors = [_distance(a, b) for a, b in zip(ours, plain, strict=True)]
             assert max(errors) < 5e-6, (vocab, temperature, errors)
     assert engaged()["tail_sums_grad" if kind in ("none", "bucket") else "pair_grad"] == 9
+
+
+def _squared_distance(xp: Any, e: Events, _: float) -> Terms:
+    return Terms((e.q - e.p) ** 2, 2 * e.q * (e.q - e.p))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sketch"])
+def test_a_divergence_that_no_kernel_knows_means_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(divergences._REGISTRY, "squared", divergences._Entry(_squared_distance))
+    z, soft = tools.logits(ROWS, 1023, mx.float32), _target(kind, 1023, 9).at(2.0)
+    plain = _run(z, soft, Divergence("squared"), PLAIN_OPS)
+    with tools.emulated():
+        ours = _run(z, soft, Divergence("squared"), ops)
+    assert max(_distance(a, b) for a, b in zip(ours, plain, strict=True)) < 5e-6
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)

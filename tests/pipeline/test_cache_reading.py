@@ -105,6 +105,7 @@ def test_tokens_that_wait_for_the_teacher_are_bounded(
     monkeypatch.setattr("pipeline.text.load_documents", many)
     monkeypatch.setattr("pipeline.text.WAITING_BYTES", 4000)
     monkeypatch.setattr("pipeline.data.tokenizing_batches.BATCH_CHARACTERS", 600)
+    monkeypatch.setattr("pipeline.data.tokenizing_batches.CORE_CHARACTERS", 1)
     text = TextAhead("any", split="train")
     try:
         text.start(load_tokenizer(tiny_teacher))
@@ -136,7 +137,7 @@ def test_the_summary_has_the_time_of_the_whole_command(
     assert found["seconds"] + 0.3 < found["wall_seconds"] <= elapsed
     assert found["wall_tokens_per_second"] == pytest.approx(found["new_tokens"] / found["wall_seconds"])
     assert 0 < found["reading_seconds"] < found["wall_seconds"]
-    assert set(LABELS) == set(found)
+    assert {*LABELS, "stretches"} == set(found)
 
 
 def test_a_teacher_at_hand_reads_the_same(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:

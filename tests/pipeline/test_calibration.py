@@ -11,7 +11,9 @@ import pytest
 from pipeline import calibration
 from pipeline.cache import read_data, run_cache, target_spec
 from pipeline.calibration import Calibrator, SampledRows, cut_stretches
+from pipeline.commands.cache import summary_text
 from pipeline.console import Console
+from pipeline.inspection import describe, describe_text
 from pipeline.settings import CacheSettings
 from pipeline.stretches import Stretches
 from pipeline.teacher import TeacherRunner
@@ -22,6 +24,17 @@ from pmetal_distill.steps import finish
 MONOTONE = "a a a a a a a a " * 4
 USUAL = "The quick brown fox jumps over the lazy dog. "
 STRANGE = "Der Zug fährt um 12:45 Uhr; naïve café, 東京, 🙂 def add(a, b): "
+
+
+class Listening(Console):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.__dict__["said"] = []
+
+    def note(self, text: str) -> None:
+        self.__dict__["said"].append(text)
 
 
 def calibrator(teacher: Path, folder: Path, name: str, texts: list[str]) -> Calibrator:
@@ -67,7 +80,8 @@ def test_a_stretch_has_one_basis_and_a_worker_that_joins_chooses_the_same(
     monitor = usual.monitor()
     monkeypatch.setattr(Calibrator, "monitor", lambda self: monitor)
     settings = mixed.settings
-    run_cache(settings, Console(quiet=True), teacher=mixed.teacher)
+    console = Listening()
+    made = run_cache(settings, console, teacher=mixed.teacher)
 
     cache = LogitCache(settings.out)
     firsts = np.cumsum([0, *(sum(map(sum, record.groups)) for record in cache.records)])[:-1]
@@ -79,6 +93,19 @@ def test_a_stretch_has_one_basis_and_a_worker_that_joins_chooses_the_same(
     assert len(cache.records) > len(by_stretch) > 2
     refitted = [record for record in cache.records if record.measured["refitted"] == 1.0]
     assert 0 < len(refitted) < len(cache.records)
+    # What a basis of its own does not bring below the bound is said, and kept.
+    assert max(record.measured["drift"] for record in refitted) > monitor.factor
+    still = [text for text in console.__dict__["said"] if "with a basis of their own the KL" in text]
+    assert still
+    both = [row["text"] for row in made["stretches"] if row["unlike"] and row["refitted"]]
+    assert both == [text.partition(":")[0] for text in still]
+    assert len(made["stretches"]) == len(by_stretch)
+    assert "a basis of its own, unlike the sample" in summary_text(made)
+    assert describe(settings.out)["stretches"] == made["stretches"]
+    further = sum(p.stat().st_size for p in (settings.out / "bases").glob("basis-*")) - max(
+        p.stat().st_size for p in (settings.out / "bases").glob("basis-*")
+    )
+    assert made["refit_bytes_per_token"] == pytest.approx(further / cache.num_tokens)
     assert len(cache.bases) == len(list((settings.out / "bases").glob("basis-*"))) > 1
     batch = next(cache.batches(batch_size=cache.num_sequences, seed=0))
     assert set(batch.basis_index.tolist()) == set(range(len(cache.bases)))
@@ -90,16 +117,33 @@ def test_a_stretch_has_one_basis_and_a_worker_that_joins_chooses_the_same(
     assert LogitCache(settings.out).root == cache.root
 
 
-def test_data_of_one_stretch_takes_the_calibration_as_it_is(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_of_one_stretch_takes_the_calibration_as_it_is(tiny_teacher: Path, tmp_path: Path) -> None:
     made = calibrator(tiny_teacher, tmp_path, "c", [f"{n} " + USUAL * 3 for n in range(40)])
     monitor = made.monitor()
-    monkeypatch.setattr(Calibrator, "judge", lambda *_: pytest.fail("judged"))
     coding = finish(made.of_stretch(monitor, made.stretches()[0]))
     assert coding.sidecars.basis is monitor.calibration.basis
     assert coding.measured["kl@2"] == monitor.calibration.error[2.0].kl
     assert coding.measured["refitted"] == 0.0
+    parts = [coding.measured[f"part{part}.kl@2"] for part in range(1, 5)]
+    assert coding.measured["drift"] == pytest.approx(max(parts) / coding.measured["kl@2"], rel=0.01)
+
+
+def test_the_end_of_a_short_text_is_judged(tiny_teacher: Path, tmp_path: Path) -> None:
+    texts = [MONOTONE * 9 + str(n) for n in range(20)] + [f"{n} " + STRANGE * 9 for n in range(6)]
+    settings = calibrator(tiny_teacher, tmp_path, "c", texts).settings
+    console = Listening()
+    made = run_cache(settings, console)
+    assert [row["text"] for row in made["stretches"]] == [f"quarter {part}" for part in range(1, 5)]
+    assert [row["unlike"] for row in made["stretches"]] == [False, False, False, True]
+    (said,) = [text for text in console.__dict__["said"] if "is unlike the sample" in text]
+    assert said.startswith("quarter 4 of the text is unlike the sample of all of it")
+    assert "unlike the sample" in summary_text(made)
+    assert "unlike the sample" in describe_text(describe(settings.out))
+    records = sorted((settings.out / "commits").iterdir())
+    root = LogitCache(settings.out).root
+    records[-1].unlink()
+    run_cache(dataclasses.replace(settings, resume=True), Console(quiet=True))
+    assert LogitCache(settings.out).root == root
 
 
 def test_stretches_cover_all_shards_in_order() -> None:
@@ -160,7 +204,7 @@ class Recorder:
         return f"coding {stretch.start}"
 
 
-def test_the_next_stretch_is_judged_in_the_second_half_of_this_one() -> None:
+def test_the_next_stretch_is_judged_from_the_start_of_this_one() -> None:
     made: Any = Recorder([range(4), range(4, 6), range(6, 7)], pauses=2)
     stretches, shards = Stretches(made, None, range(7)), [0, 1, 2, 3, 4, 6]
     said = []
@@ -171,7 +215,7 @@ def test_the_next_stretch_is_judged_in_the_second_half_of_this_one() -> None:
         said, made.said = said + made.said, []
     assert said == [
         *["forget before 0", "0: step 0", "0: step 1", "0: done", "shard 0 coding 0"],
-        *["shard 1 coding 0", "4: step 0", "4: step 1", "shard 2 coding 0", "4: done", "shard 3 coding 0"],
+        *["4: step 0", "4: step 1", "shard 1 coding 0", "4: done", "shard 2 coding 0", "shard 3 coding 0"],
         *["forget before 4", "shard 4 coding 4", "6: step 0", "6: step 1"],
         *["forget before 6", "6: done", "shard 6 coding 6"],
     ]

@@ -1,9 +1,15 @@
 """Bad input: each has its own error that names the place, an exit code, and leaves nothing half-written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.conftest import Cli
@@ -249,3 +255,91 @@ def test_json_lines_stay_json(cli: Cli, bucket_cache: Path) -> None:
     facts = cli("inspect", bucket_cache, "--json")
     assert json.loads(facts.out)["target"]["tail"] == "bucket"
     assert facts.err == ""
+
+
+BEFORE_TRAINING = [
+    (("--seed", 1 << 64), "seed: must be at most 9,223,372,036,854,775,807"),
+    (("--warmup", 10**30), "warmup: must be at most 2,147,483,647"),
+    (("--iters", 10**30), "iters: must be at most"),
+    ({"optimizer_config": {"adamw": {"betas": [0.9]}}}, "betas of adamw: must be two numbers in [0, 1)"),
+    ({"optimizer_config": {"adam": {"betas": [5, 9]}}}, "betas of adam: must be two numbers in [0, 1)"),
+    ({"optimizer_config": {"adam": {"eps": -1.0}}}, "optimizer_config: adam must get options it knows"),
+    (
+        {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 10**20]}},
+        "arguments: must be numbers up to",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "found"), BEFORE_TRAINING)
+def test_numbers_that_mlx_does_not_take(
+    cli: Cli, tiny_student: Path, bucket_cache: Path, tmp_path: Path, given: Any, found: str
+) -> None:
+    words = given
+    if isinstance(given, dict):
+        (tmp_path / "c.yaml").write_text(json.dumps(given))
+        names = list(given.get("optimizer_config", {}))
+        words = ("-c", tmp_path / "c.yaml", *(("--optimizer", names[0]) if names else ()))
+    got = cli("train", "--student", tiny_student, "--cache", bucket_cache, "--out", tmp_path / "r", *words)
+    assert got.code == 2
+    assert found in got.err
+    assert len(got.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
+def test_pipes_and_devices_are_no_text(cli: Cli, tiny_teacher: Path, tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "text.jsonl"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "link to a device":
+        place.symlink_to("/dev/zero")
+    else:
+        place = Path("/dev/zero")
+    got = cli("cache", "--teacher", tiny_teacher, "--data", place, "--out", tmp_path / "c")
+    assert got.code == 1
+    assert "must be a file or folder, found a pipe or device" in got.err
+
+
+def test_a_small_parquet_file_that_holds_much_text(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.parquet"
+    pq.write_table(pa.table({"text": ["a" * (257 << 20)]}), text, compression="zstd", use_dictionary=False)
+    assert text.stat().st_size < 50_000
+    got = cli("cache", "--teacher", tiny_teacher, "--data", text, "--out", tmp_path / "c")
+    assert got.code == 1
+    assert "text.parquet:1: a text must have at most 268,435,456 characters" in got.err
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))", "open files: mlx_lm must be allowed 4,096"),
+        ("pipeline.cache.run_cache = lambda *_: bytearray(1 << 62)", "memory: must suffice for the command"),
+        ("threading.Thread.start = start", "threads: must be to be had"),
+    ],
+)
+def test_a_system_that_gives_no_more(tiny_teacher: Path, tmp_path: Path, limit: str, found: str) -> None:
+    code = f"""
+import resource, threading
+import pipeline.cache
+from pipeline.cli import main
+def start(self):
+    raise RuntimeError("can't start new thread")
+{limit}
+main(["cache", "--teacher", {str(tiny_teacher)!r}, "--data", "x.txt", "--out", {str(tmp_path / "c")!r}])
+"""
+    (tmp_path / "x.txt").write_text("some text " * 100)
+    words = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {found}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("tarin", "train"), ("init_student", "init-student"), ("Cache", "cache")]
+)
+def test_a_mistyped_command_gets_a_suggestion(cli: Cli, typed: str, meant: str) -> None:
+    got = cli(typed, "--out", "x")
+    assert got.code == 2
+    assert f"no command '{typed}'; did you mean '{meant}'?" in got.err

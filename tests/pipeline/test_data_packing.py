@@ -18,7 +18,9 @@ from pipeline.data import PackedDataset, PackSettings, TokenizedDocument, pack
 from schemas.errors import DataError, UsageError
 
 
-def make_documents(lengths: list[int], prompts: list[int] | None = None) -> list[TokenizedDocument]:
+def make_documents(
+    lengths: list[int], prompts: list[int] | None = None, *, gaps: bool = False
+) -> list[TokenizedDocument]:
     """Documents whose token ids are all different, so that every token can be traced."""
     ids = itertools.count(100)
     return [
@@ -27,9 +29,16 @@ def make_documents(lengths: list[int], prompts: list[int] | None = None) -> list
             prompt_length=min(prompt, length),
             source=f"file-{number % 3}.jsonl",
             line=number + 1,
+            gaps=gaps_after(prompt, length) if gaps and number % 2 else (),
         )
         for number, (length, prompt) in enumerate(zip(lengths, prompts or [0] * len(lengths), strict=True))
     ]
+
+
+def gaps_after(prompt: int, length: int) -> tuple[tuple[int, int], ...]:
+    """Prompts after answers of a document that begins with one; none where that is none."""
+    found = ((prompt + 2, prompt + 3), (prompt + 5, prompt + 23)) if prompt else ()
+    return tuple((start, min(stop, length)) for start, stop in found if start < length)
 
 
 def spelled_out(dataset: PackedDataset) -> list[tuple[list[int], list[int], list[int]]]:
@@ -48,7 +57,9 @@ pack_settings = st.builds(
 def test_every_token_once_in_order_with_the_right_mask(
     shapes: list[tuple[int, int]], options: PackSettings
 ) -> None:
-    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    documents = make_documents(
+        [length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0], gaps=True
+    )
     dataset = pack(iter(documents), options)
     sequences = spelled_out(dataset)
     tokens = [token for sequence, _, _ in sequences for token in sequence]
@@ -65,7 +76,8 @@ def test_every_token_once_in_order_with_the_right_mask(
             document = documents[number]
             last = place == len(document.token_ids) - 1
             assert numbers[t] == number
-            assert mask[t] == (not last and place + 1 >= document.prompt_length)
+            in_gap = any(start <= place + 1 < stop for start, stop in document.gaps)
+            assert mask[t] == (not last and place + 1 >= document.prompt_length and not in_gap)
             # A run of one document is a window: it starts at a multiple of the length and stays whole.
             if t and numbers[t - 1] == number:
                 assert position[sequence[t - 1]] == (number, place - 1)
@@ -102,6 +114,13 @@ def test_a_prompt_longer_than_a_window_masks_into_the_next() -> None:
     assert [mask for _, _, mask in spelled_out(dataset)] == [[0, 0, 0, 0], [0, 1, 1, 1], [0]]
 
 
+def test_a_prompt_after_an_answer_masks_over_the_edge_of_a_window() -> None:
+    (document,) = make_documents([12])
+    dataset = pack([replace(document, prompt_length=2, gaps=((4, 7), (10, 12)))], PackSettings(max_seq_len=5))
+    assert [mask for _, _, mask in spelled_out(dataset)] == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0]]
+    assert dataset.num_targets == 5
+
+
 def test_without_packing_every_window_has_its_own_sequence() -> None:
     dataset = pack(make_documents([2, 9, 3]), PackSettings(max_seq_len=4, pack=False))
     assert dataset.sequence_lengths().tolist() == [2, 4, 4, 1, 3]
@@ -132,6 +151,9 @@ COLUMNS = (
     "window_documents",
     "window_masked",
     "window_ends",
+    "gap_windows",
+    "gap_starts",
+    "gap_stops",
     "document_sources",
     "document_lines",
 )
@@ -142,7 +164,9 @@ COLUMNS = (
 def test_what_is_spooled_is_the_same(
     shapes: list[tuple[int, int]], options: PackSettings, memory_bytes: int
 ) -> None:
-    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    documents = make_documents(
+        [length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0], gaps=True
+    )
     in_memory = pack(documents, options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.data.packing._ROWS_AT_ONCE", 5)
@@ -253,7 +277,9 @@ def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(shapes=lengths_and_prompts, options=pack_settings)
 def test_parts_are_counted_as_the_whole(shapes: list[tuple[int, int]], options: PackSettings) -> None:
-    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    documents = make_documents(
+        [length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0], gaps=True
+    )
     dataset = pack(documents, options)
     count = dataset.num_sequences
     lengths = dataset.sequence_lengths()
@@ -283,6 +309,7 @@ def test_document_source_names_file_and_line() -> None:
     [
         lambda documents: [replace(documents[0], token_ids=documents[0].token_ids + 1), *documents[1:]],
         lambda documents: [replace(documents[0], prompt_length=3), *documents[1:]],
+        lambda documents: [replace(documents[0], gaps=((2, 3),)), *documents[1:]],
         lambda documents: documents[::-1],
         lambda documents: documents[:-1],
     ],
@@ -312,7 +339,9 @@ def test_fingerprint_is_pinned() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes=lengths_and_prompts, wanted=st.integers(1, 900), seed=st.integers(0, 3))
 def test_sample_has_enough_targets(shapes: list[tuple[int, int]], wanted: int, seed: int) -> None:
-    documents = make_documents([length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0])
+    documents = make_documents(
+        [length for length, _ in shapes] + [3], [prompt for _, prompt in shapes] + [0], gaps=True
+    )
     dataset = pack(documents, PackSettings(max_seq_len=20))
     chosen = dataset.sample_sequences(wanted, seed=seed)
     assert np.all(np.diff(chosen) > 0)

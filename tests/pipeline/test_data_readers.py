@@ -224,8 +224,8 @@ def test_wrong_paths_are_refused_before_reading(tmp_path: Path) -> None:
         load_documents(tmp_path / "missing")
     with pytest.raises(DataError, match="found none"):
         load_documents(tmp_path)
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"a\.csv: the extension must be one of \.jsonl, .*found '\.csv'"):
+    (tmp_path / "a.pdf").write_text("a,b")
+    with pytest.raises(DataError, match=r"a\.pdf: the extension must be one of \.jsonl, .*found '\.pdf'"):
         load_documents(tmp_path)
     with pytest.raises(DataError, match="split: must be one of"):
         load_documents(tmp_path, split="dev")

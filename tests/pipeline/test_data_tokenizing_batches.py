@@ -61,6 +61,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", 60)
+    monkeypatch.setattr(batches, "CORE_CHARACTERS", 1)
 
 
 def texts(*found: str) -> list[Document]:
@@ -89,7 +90,9 @@ def chats() -> list[Document]:
 
 
 def spelled_out(found: Iterator[TokenizedDocument] | list[TokenizedDocument]) -> list[Any]:
-    return [(d.token_ids.tolist(), d.token_ids.dtype, d.prompt_length, d.source, d.line) for d in found]
+    return [
+        (d.token_ids.tolist(), d.token_ids.dtype, d.prompt_length, d.gaps, d.source, d.line) for d in found
+    ]
 
 
 def one_by_one(documents: list[Document], tokenizer: Any, *, mask_prompt: bool = False) -> list[Any]:
@@ -107,16 +110,18 @@ def test_batches_give_the_same_tokens(
 ) -> None:
     expected = one_by_one(documents, tokenizer)
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", size)
+    monkeypatch.setattr(batches, "CORE_CHARACTERS", 1)
     monkeypatch.setattr(batches, "tokenize", lambda *_, **__: pytest.fail("one by one"))
     assert spelled_out(tokenize_all(iter(documents), tokenizer)) == expected
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_batches_mask_the_same_prompts(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = one_by_one(chats(), tokenizer, mask_prompt=True)
-    assert any(prompt_length for _, _, prompt_length, _, _ in expected)
+    documents = [chat for chat in chats() if len(chat.messages) > 1]
+    expected = one_by_one(documents, tokenizer, mask_prompt=True)
+    assert any(prompt_length and gaps for _, _, prompt_length, gaps, _, _ in expected)
     monkeypatch.setattr(batches, "tokenize", lambda *_, **__: pytest.fail("one by one"))
-    assert spelled_out(tokenize_all(chats(), tokenizer, mask_prompt=True)) == expected
+    assert spelled_out(tokenize_all(documents, tokenizer, mask_prompt=True)) == expected
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -220,7 +225,7 @@ def test_a_chat_that_the_template_refuses_is_reported_in_its_turn(tokenizer: Any
 
 
 def test_text_in_the_midst_of_masked_chats_is_reported_in_its_turn(tokenizer: Any) -> None:
-    documents = [chats()[1], *texts("plain"), chats()[2]]
+    documents = [chats()[2], *texts("plain"), chats()[3]]
     found, error = taken(iter(documents), tokenizer, mask_prompt=True)
     assert len(found) == 1
     assert isinstance(error, UsageError)

@@ -1,6 +1,8 @@
 """`init-student`: every way to a student, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +140,34 @@ def test_what_the_teacher_does_not_have(
     assert got.code == 2
     assert message in got.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"model_type": "llama", "x": ' + "[" * 100_000, "config.json, found"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "'num_hidden_layers' must be from 1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built(
+    cli: Cli, tiny_teacher: Path, out: Path, tmp_path: Path, text: str, found: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    words = ("--teacher", tiny_teacher, "--from-config", tmp_path / "config.json", "--out", out)
+    got = cli("init-student", *words)
+    assert got.code in (1, 2)
+    assert found in got.err
+    assert len(got.err.strip().splitlines()) == 1
+
+
+def test_a_full_disk(tiny_teacher: Path, out: Path) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from pipeline.cli import main; "
+        f"main(['init-student', '--teacher', {str(tiny_teacher)!r}, '--out', {str(out)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "could not be written in full" in done.stderr
+    assert not list(out.parent.iterdir())

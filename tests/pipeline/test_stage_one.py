@@ -76,6 +76,25 @@ def test_the_path_of_a_gpu_gives_the_same(
         assert two.records[0].measured[name] == pytest.approx(figure, rel=0.02, abs=1e-6)
 
 
+def test_few_kinds_of_gathers(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA each pair of types of numbers and indices is compiled for seconds; `x[0]` is a gather too."""
+    kinds, get = set(), mx.array.__getitem__
+
+    def seen(self: mx.array, index: Any) -> mx.array:
+        parts = index if isinstance(index, tuple) else (index,)
+        if isinstance(index, int):
+            kinds.add((self.dtype, mx.uint32))
+        kinds.update((self.dtype, part.dtype) for part in parts if isinstance(part, mx.array | np.ndarray))
+        return get(self, index)
+
+    monkeypatch.setattr(mx.array, "__getitem__", seen)
+    run_cache(settings(tiny_teacher, text_file, tmp_path / "c", **SKETCH), Console(quiet=True))
+    tables = (mx.int16, mx.int32)  # of the predictor, where no kernel looks them up
+    assert kinds - {tables} == {(mx.float32, mx.int32)}
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_row_that_is_not_finite_is_named(
     tiny_teacher: Path, text_file: Path, tmp_path: Path, gpu: bool, request: pytest.FixtureRequest
@@ -170,7 +189,7 @@ def test_an_interrupt_leaves_a_cache_that_resumes_to_the_same_bytes(
 def test_a_full_disk_keeps_what_is_committed(
     tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pmetal_distill.offline import shard
+    from pmetal_distill.offline import background, shard
 
     quiet, flush, turns = Console(quiet=True), shard.flush_file, itertools.count()
     wanted = settings(tiny_teacher, text_file, tmp_path / "c")
@@ -182,6 +201,7 @@ def test_a_full_disk_keeps_what_is_committed(
 
     with monkeypatch.context() as patch:
         patch.setattr(shard, "flush_file", full)
+        patch.setattr(background, "MOST_CHECKERS", 1)
         with pytest.raises(CacheError, match="shard 2: must be written in full"):
             run_cache(wanted, quiet)
     assert sorted(path.name for path in (wanted.out / "commits").iterdir()) == ["00000.json", "00001.json"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.status import duration, last_report
+from pipeline.status import duration
+from pipeline.training.finished import last_report
 from pmetal_distill.offline.commit import Scratch
 from pmetal_distill.offline.progress import cache_progress
 from pmetal_distill.offline.store import Store

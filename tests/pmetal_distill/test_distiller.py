@@ -16,12 +16,13 @@ from pmetal_distill.distiller import Distiller
 from pmetal_distill.losses.functional import divergence_loss, hard_cross_entropy
 from pmetal_distill.losses.hidden import HiddenStateLoss
 from pmetal_distill.losses.taid import TaidSchedule
-from pmetal_distill.models import LoadedModel, load_model
+from pmetal_distill.models import LoadedModel, load_model, wrap_model
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.schedule import TemperatureSchedule
 from pmetal_distill.target import TeacherTarget
 from pmetal_distill.teaching import TextBatch
-from schemas.errors import IncompatibleError, UsageError
+from schemas.errors import IncompatibleError, ModelError, UsageError
+from tests.tiny import random_model, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -271,10 +272,42 @@ def test_wrong_uses_are_refused(
         Distiller(cache, student, DistillConfig(temperature=cooling))
     assert Distiller(teacher, student, DistillConfig(temperature=cooling)).updates == 0
     aligned = DistillConfig(hidden_loss=HiddenStateLoss.MSE, hidden_layers=(1,))
-    with pytest.raises(UsageError, match="does not say how many layers"):
+    with pytest.raises(UsageError, match=r"must say how many layers .*DistillConfig\(student_layers="):
         Distiller(cache, student, aligned)
     with pytest.raises(UsageError, match="gives no hidden states"):
         Distiller(LogitCache(GOLDEN / "v1-bucket"), student, aligned)
     missing = DistillConfig(hidden_loss=HiddenStateLoss.MSE, hidden_layers=(2,), student_layers=(0,))
     with pytest.raises(IncompatibleError, match=r"missing \[2\]; open the cache with hidden_layers=\[2\]"):
         Distiller(cache, student, missing).step(next(batches))
+
+
+class SortedMLP(nn.Module):
+    """A layer with a forward pass only: MLX has no derivative by the indices of a gather."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.take_along_axis(self.inner(x), mx.argsort(x, axis=-1), axis=-1)
+
+
+def test_a_student_without_a_backward_pass_is_a_model_error(
+    teacher: LoadedModel, student: LoadedModel, dataloader: list[np.ndarray]
+) -> None:
+    student.model.layers[0].mlp = SortedMLP(student.model.layers[0].mlp)
+    distiller = Distiller(teacher, student)
+    with pytest.raises(
+        ModelError, match=r"must have a derivative, found .*'llama': \[\w+\] Cannot calculate VJP"
+    ):
+        distiller.step(dataloader[0])
+
+
+def test_a_student_of_a_class_that_mlx_cannot_train_is_a_model_error(teacher: LoadedModel) -> None:
+    own = {"lru_width": 32, "conv1d_width": 4, "attention_window_size": 8, "attention_bias": False}
+    recurrent = {**own, "block_types": ["recurrent", "attention"], "logits_soft_cap": 30.0}
+    recurrent["embeddings_scale_by_sqrt_dim"] = True
+    config = tiny_config(model_type="recurrent_gemma", num_layers=2, **recurrent)
+    student = wrap_model(random_model(config), None, config)
+    with pytest.raises(ModelError, match=r"recurrent_gemma.*of mlx-lm, where .*_no_grad"):
+        Distiller(teacher, student)

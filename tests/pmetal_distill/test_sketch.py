@@ -1,17 +1,22 @@
 """The sketch: fits against dense weighted PCA, both fits against each other, rebuilding, errors, drift."""
 
+import threading
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from pmetal_distill.modelling.heads import LinearHead
+from pmetal_distill.offline import calibrate as calibrate_module
 from pmetal_distill.offline.calibrate import MARGINS, DriftMonitor, calibrate, measure
 from pmetal_distill.offline.capture import capture
 from pmetal_distill.offline.fidelity import target_error
 from pmetal_distill.offline.rebuild import reconstruct_logprobs
 from pmetal_distill.offline.sample import Sample
 from pmetal_distill.offline.sketch import Moments, fit_basis_linear, fit_basis_logits, meant_tokens, metric
+from pmetal_distill.steps import Underway
 from schemas.arrays import TargetArrays
 from schemas.basis import NO_CEILING
 from schemas.codec import Codec
@@ -97,10 +102,11 @@ def test_both_fits_agree():
 
 def test_scale_bias_and_half_precision():
     hidden, w, bias = states(400), weights(), np.linspace(-1, 1, V, dtype=np.float32)
-    logits = 0.5 * hidden @ w.T + bias
-    fitted = fit_basis_linear(
-        moments(hidden, logits), mx.array(w).astype(mx.float16), rank=D, scale=0.5, bias=mx.array(bias)
-    )
+    layer = nn.Linear(D, V)
+    layer.weight, layer.bias = mx.array(w).astype(mx.float16), 4 * mx.array(bias)
+    head = LinearHead(layer, "lm_head", tied=False, scale=0.5)
+    logits = np.array(head.logits(mx.array(hidden)))  # the one formula of a head
+    fitted = fit_basis_linear(moments(hidden, logits), head.weight, rank=D, scale=head.scale, bias=head.bias)
     exact = logits - logits.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(rebuilt(fitted, hidden, logits), exact, atol=0.02)
 
@@ -306,3 +312,33 @@ def test_strange_text_is_noticed_and_refitted():
     assert chosen.basis.to_bytes() != calibration.basis.to_bytes()
     assert chosen.error[2.0].kl < 0.7 * before[2.0].kl
     assert monitor.choose(fit, held).basis.to_bytes() == chosen.basis.to_bytes()
+
+
+def test_beside_a_gpu_the_fit_runs_on_a_thread_without_mlx(monkeypatch):
+    calibration, head = calibrated()
+    fit, held = sample(300, seed=7, turn=1, head=head), sample(100, seed=8, turn=1, head=head)
+    expected = DriftMonitor(calibration, head).choose(fit, held)
+    seen = {}
+
+    def watched(name):
+        function = getattr(calibrate_module, name)
+
+        def run(*arguments, **named):
+            seen[name] = (threading.current_thread().name, [type(a) for a in arguments])
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(calibrate_module, name, run)
+
+    watched("fit_basis_linear")
+    watched("with_predictor")
+    monkeypatch.setattr(calibrate_module, "on_gpu", lambda: True)
+    work = Underway(DriftMonitor(calibration, head).choosing(fit, held))
+    pauses = 0
+    while work.step():
+        pauses += 1
+    assert pauses >= 6
+    assert work.result().error[2.0].kl == pytest.approx(expected.error[2.0].kl, rel=0.02)
+    for thread, types in seen.values():
+        assert thread.startswith("beside")
+        assert mx.array not in types
+    assert len(seen) == 2

@@ -3,20 +3,28 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import independent_reader
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from pipeline.calibration import HELD_BACK_TOKENS, JUDGED_HELD_BACK_TOKENS, STRETCH_TOKENS
+from pmetal_distill.offline.calibrate import Calibration
+from pmetal_distill.offline.fidelity import TargetError
 from pmetal_distill.offline.reader import LogitCache
+from pmetal_distill.offline.rebuild import reconstruct_logprobs
 from pmetal_distill.offline.verify import verify_cache
+from pmetal_distill.tail_basis import TailBasis
+from pmetal_distill.target import TeacherTarget
 from schemas.arrays import TargetArrays
 from schemas.errors import CacheError
 from schemas.tail import tail_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["v1-sketch", "v1-predicted", "v1-bucket", "v1-none"]
+ERROR = TargetError(kl=0.0, total_variation=0.0, gradient=0.0)
 EXACT = {"ids": "head_ids", "tok": "token_ids", "doc": "documents", "msk": "loss_mask"}
 CLOSE = {"logprobs": "head_logprobs", "curve": "tail_curve", "y": "coordinates"}
 
@@ -131,3 +139,49 @@ def test_the_page_names_every_key_and_column():
 
 def test_golden_caches_are_small():
     assert sum(p.stat().st_size for p in GOLDEN.rglob("*") if p.is_file()) < 100_000
+
+
+def after(page, text):
+    """The code block after a text: its lines."""
+    block = page.split(text)[1].split("\n\n")[1]
+    return [" ".join(line.split()) for line in block.splitlines()]
+
+
+def test_the_page_gives_the_slope_at_zero():
+    page = (Path(__file__).parents[2] / "schemas/FORMAT.md").read_text()
+    weights, _ = after(page, "linear function of log(V - k) and the curve's values:")
+    assert weights.startswith("w[j] = prod_{i != j} (b_i / (b_i - b_j)) / b_j")
+    curve = LogitCache(GOLDEN / "v1-sketch").spec.curve
+    b = np.array(curve.nodes)
+    w = [np.prod([c / (c - b[j]) for i, c in enumerate(b) if i != j]) / b[j] for j in range(len(b))]
+    values = np.linspace(9.0, 2.0, len(b))
+    np.testing.assert_allclose(np.dot(w, values - curve.at_zero), curve.slope(values), rtol=1e-9)
+
+
+def test_the_page_names_what_is_measured():
+    page = (Path(__file__).parents[2] / "schemas/FORMAT.md").read_text()
+    names = {name.partition("@")[0] for name in Calibration.measured(SimpleNamespace(error={1.0: ERROR}))}
+    names |= {"refitted", *json.loads((GOLDEN / "v1-sketch/commits/00000.json").read_bytes())["measured"]}
+    assert [name for name in sorted(names) if f"`{name}`" not in page and f"`{name}@T`" not in page] == []
+    text = page.split("`measured` MAY")[1].split("A cache is complete")[0]
+    assert STRETCH_TOKENS == 2**19
+    assert "2^19 tokens" in text
+    assert f"at most {HELD_BACK_TOKENS} rows of the whole" in text.replace("\n", " ")
+    assert f"at most {JUDGED_HELD_BACK_TOKENS} rows of it" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["v1-sketch", "v1-predicted"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+def test_float32_is_off_by_no_more_than_the_page_says(name, temperature):
+    cache = LogitCache(GOLDEN / name)
+    bases = [TailBasis.from_sketch(basis) for basis in cache.bases]
+    for number in cache.numbers.tolist():
+        row = cache.sequence(number)
+        tail = tail_logits(cache.bases[row.basis_index], cache.spec.curve, row.targets)
+        exact = reconstruct_logprobs(
+            row.targets, cache.spec, temperature=temperature, basis=cache.bases[row.basis_index], tail=tail
+        )
+        index = np.full(len(row), row.basis_index)
+        target = TeacherTarget.from_arrays(row.targets, cache.spec, bases=bases, basis_index=index)
+        error = np.abs(np.array(target.at(temperature).rows()) - exact).max(axis=1)[row.loss_mask]
+        assert (error <= 2**-22 * np.abs(tail).max(axis=1)[row.loss_mask]).all()

@@ -90,6 +90,12 @@ def all_sections() -> str:
     for name, settings in FILES.items():
         parts += [f"### {name}.yaml", f"`pmetal-pipeline {name} -c FILE`", key_table(settings)]
         parts += [f"Keys of `mlx_lm.lora` that `{name}` refuses:", foreign_table(settings)]
+        if unused := getattr(settings, "left_out_keys", {}):
+            rows = [[code(key), plain(why)] for key, why in unused.items()]
+            parts += [
+                f"Keys of `mlx_lm.lora` that `{name}` leaves out and names:",
+                table(["key", "why"], rows),
+            ]
     for name, settings in NESTED.items():
         parts += [f"### {name} (train.yaml)", key_table(settings)]
     parts += [

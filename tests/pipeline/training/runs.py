@@ -14,7 +14,8 @@ from pipeline.console import Console
 from pipeline.settings import TrainSettings
 
 QUIET = Console(quiet=True)
-TIMES = ("seconds", "tokens_per_second", "data_wait_share")
+# What differs between equal runs; the peak of memory is that of the whole process.
+TIMES = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
 PRELOADED = [
     "pmetal_distill",
     "pipeline.training.run",
@@ -84,7 +85,8 @@ def weights(out: Path) -> dict[str, bytes]:
     files = sorted([*out.glob("model/*.safetensors"), *out.glob("*.safetensors")])
     assert files
     tensors = {(file.name, name): t for file in files for name, t in mx.load(str(file)).items()}
-    return {"/".join(name): np.array(tensor).tobytes() for name, tensor in tensors.items()}
+    raw = {name: t.view(mx.uint16) if t.dtype == mx.bfloat16 else t for name, t in tensors.items()}
+    return {"/".join(name): np.array(tensor).tobytes() for name, tensor in raw.items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:

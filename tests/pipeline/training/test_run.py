@@ -83,8 +83,42 @@ class TestFolder:
         before = content(make().out)
         assert train(make(resume=True, prefetch=0), Console()) == result
         assert "the run is finished; nothing was changed" in capsys.readouterr().err
-        with pytest.raises(CheckpointError, match="iters: must be 4, as when this run began, found 9"):
-            train(make(resume=True, iters=9))
+        with pytest.raises(CheckpointError, match=r"^--iters: must be 4, as when this run began, found 3"):
+            train(make(resume=True, iters=3))
+        assert content(make().out) == before
+
+    def test_a_finished_run_is_made_longer(
+        self, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flat = {"lr_schedule": "constant", "warmup": 0}
+        train(make(**flat))
+        train(make(**flat, resume=True, iters=7))
+        train(make(**flat, iters=7, out=tmp_path / "straight"))
+        assert_same_run(make().out, tmp_path / "straight")
+        assert load_config(make().out / "config.yaml", TrainSettings)["iters"] == 7
+
+    def test_a_longer_run_that_is_stopped_goes_on(
+        self, make: Make, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(make())
+        longer = make(resume=True, iters=9)
+        for after in (1, 3):  # before the first new checkpoint, and after it
+            with pytest.MonkeyPatch.context() as patch:
+                stop_after(patch, after, KeyboardInterrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    train(longer, Console())
+            assert not (longer.out / "result.json").exists()
+        assert "--iters: 9 in place of 4; learning rates go on as those of" in capsys.readouterr().err
+        train(longer)
+        assert [line["iteration"] for line in lines(longer.out)] == list(range(1, 10))
+        rates = [line["learning_rate"] for line in lines(longer.out)]
+        assert rates[4:] == sorted(rates[4:], reverse=True)
+
+    def test_a_finished_run_without_checkpoints_cannot_be_made_longer(self, make: Make) -> None:
+        train(make(save_every=0))
+        before = content(make().out)
+        with pytest.raises(CheckpointError, match=r"^--iters: .* from its last checkpoint, found none"):
+            train(make(save_every=0, resume=True, iters=9))
         assert content(make().out) == before
 
 
@@ -94,14 +128,14 @@ class TestSameRun:
         [
             (
                 {"learning_rate": 2e-3},
-                r"learning_rate: must be 0\.001, as when this run began, found 0\.002; give",
+                r"^--learning-rate: must be 0\.001, as when this run began, found 0\.002; give",
             ),
-            ({"iters": 5}, "iters: must be 4, as when this run began, found 5"),
-            ({"temperature": 3.0}, r"temperature: must be 2\.0, as when .* found 3\.0"),
-            ({"grad_clip": None}, r"grad_clip: must be 1\.0, .* found None"),
+            ({"iters": 5}, "^--iters: must be 4, as when this run began, found 5"),
+            ({"temperature": 3.0}, r"^--temperature: must be 2\.0, as when .* found 3\.0"),
+            ({"grad_clip": None}, r"^--grad-clip: must be 1\.0, .* found None"),
             (
                 {"optimizer_config": {"adamw": {"eps": 1e-6}}},
-                r"optimizer_config: must be \{\}, .* found \{'adamw'",
+                r"^'optimizer_config' in the file: must be \{\}, .* found \{'adamw'",
             ),
         ],
     )
@@ -117,8 +151,7 @@ class TestSameRun:
         other = build_tiny_model(tmp_path / "other", num_layers=2, seed=7)
         with pytest.raises(
             CheckpointError,
-            match=r"student: must have the content with which this run began, .*student \(\w{16}\), found "
-            r".*other \(\w{16}\); give that one",
+            match=r"^--student: must be what this run began with, .*/student, found .*/other; give that",
         ):
             train(replace(stopped, student=str(other)))
 
@@ -127,9 +160,22 @@ class TestSameRun:
     ) -> None:
         other = make_cache(tiny_teacher, text_file, tmp_path / "other", top_k=4)
         with pytest.raises(
-            CheckpointError, match=r"cache: must have the content .*short \(.*found .*other \("
+            CheckpointError, match=r"^--cache: must be what this run began with, .*short, found .*other;"
         ):
             train(replace(stopped, cache=other))
+
+    def test_other_content_in_the_same_place_is_refused(
+        self, make: Make, tmp_path: Path, tiny_student: Path
+    ) -> None:
+        student = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 2, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(make(student=student))
+        shutil.rmtree(student)
+        build_tiny_model(student, num_layers=2, seed=7)
+        with pytest.raises(CheckpointError, match=r"^--student: .*/student, found other content there \(SHA"):
+            train(make(student=student, resume=True))
 
     def test_moved_folders_are_the_same(self, stopped: TrainSettings, tmp_path: Path) -> None:
         assert stopped.cache is not None

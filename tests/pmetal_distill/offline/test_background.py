@@ -14,7 +14,7 @@ from caches import TOKENIZER, hidden_spec, make_dataset, make_sequence, sidecars
 from pmetal_distill.offline.background import BackgroundWriter
 from pmetal_distill.offline.shard import ShardDraft
 from pmetal_distill.offline.writer import CacheWriter, Sidecars
-from schemas.errors import CacheError, IncompatibleError, NonFiniteError
+from schemas.errors import CacheError, CorruptionError, IncompatibleError, NonFiniteError
 
 
 def open_writer(folder, dataset=None):
@@ -26,10 +26,10 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def write_all(writer, *, shards=None, change=lambda sequence, number: sequence, encoders=2):
+def write_all(writer, *, shards=None, change=lambda sequence, number: sequence, encoders=2, checkers=2):
     dataset = writer.dataset
     extra = Sidecars(**sidecars(dataset))
-    with BackgroundWriter(writer, encoders=encoders) as out:
+    with BackgroundWriter(writer, encoders=encoders, checkers=checkers) as out:
         for shard in writer.missing_shards() if shards is None else shards:
             out.begin(shard, extra)
             for number in dataset.shard_range(shard):
@@ -52,15 +52,57 @@ def test_bytes_are_those_of_a_writer_without_threads(tmp_path, monkeypatch, enco
     assert content(tmp_path / "c") == content(reference)
 
 
-def test_commits_come_in_order(tmp_path, monkeypatch):
-    seen = []
+def checking(monkeypatch, work):
+    """Calls `work` with the number of each shard before it is flushed and read back."""
+    numbers, draft, finish = {}, CacheWriter.draft, ShardDraft.finish
+
+    def numbered(self, index, extra):
+        made = draft(self, index, extra)
+        numbers[made] = index
+        return made
+
+    def worked(self):
+        work(numbers[self])
+        return finish(self)
+
+    monkeypatch.setattr(CacheWriter, "draft", numbered)
+    monkeypatch.setattr(ShardDraft, "finish", worked)
+
+
+def test_commits_come_in_order_though_shards_are_checked_side_by_side(tmp_path, monkeypatch):
+    last, seen = threading.Event(), []
+
+    def work(index):  # the first of three waits for the last of them
+        if index == 5:
+            last.set()
+        elif index == 3:
+            assert last.wait(20)
+
+    checking(monkeypatch, work)
     commit = CacheWriter.commit
     monkeypatch.setattr(
         CacheWriter, "commit", lambda self, index, *rest: (seen.append(index), commit(self, index, *rest))[1]
     )
     with open_writer(tmp_path / "c", make_dataset(num_sequences=60, per_shard=2)) as writer:
-        write_all(writer)
+        write_all(writer, checkers=3)
     assert seen == list(range(30))
+
+
+def test_a_shard_that_does_not_read_back_stops_those_after_it(tmp_path, monkeypatch):
+    later = threading.Event()
+
+    def work(index):
+        if index > 2:
+            later.set()
+        elif index == 2:
+            later.wait(20)  # others were sound before
+            raise CorruptionError("shard 2 must read back as written")
+
+    checking(monkeypatch, work)
+    with open_writer(tmp_path / "c") as writer:
+        with pytest.raises(CorruptionError, match="shard 2 must read back"):
+            write_all(writer, checkers=3)
+        assert writer.missing_shards() == [2, 3, 4]
 
 
 def damaged(sequence, number):
@@ -86,10 +128,11 @@ def test_a_failing_disk_surfaces_and_the_shards_before_it_stay(tmp_path, monkeyp
     name = f"pmetal_distill.offline.{step}"
     module, attribute = name.rsplit(".", 1)
     works = getattr(sys.modules[module], attribute)
-    committed = []
+    committed, flushed = [], []
 
     def full(*arguments):
-        if len(committed) == 2:
+        flushed.append(step == "shard.flush_file")
+        if len(committed) == 2 or sum(flushed) > 2:
             raise OSError(28, "No space left on device")
         return works(*arguments)
 
@@ -104,7 +147,7 @@ def test_a_failing_disk_surfaces_and_the_shards_before_it_stay(tmp_path, monkeyp
     with open_writer(tmp_path / "c") as writer:
         monkeypatch.setattr(name, full)
         with pytest.raises(CacheError, match=r"shard 2: must be written in full, found .*No space left"):
-            write_all(writer)
+            write_all(writer, checkers=1)
         assert writer.missing_shards() == [2, 3, 4]
         monkeypatch.undo()
         write_all(writer)

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from caches import hidden_spec, make_dataset, write_cache
+from proxies import faulty_proxy
 
-from pmetal_distill.offline import remote
+from pmetal_distill.offline import remote, transfer
 from pmetal_distill.offline.mirror import VARIABLE, Mirror
 from pmetal_distill.offline.reader import LogitCache
 from pmetal_distill.offline.remote import RemoteFolder, is_url
@@ -79,6 +81,27 @@ def same_content(one: LogitCache, two: LogitCache) -> bool:
         for x, y in zip(a.targets.parts(), b.targets.parts(), strict=True):
             np.testing.assert_array_equal(x, y)
     return one.root == two.root
+
+
+def damage(path: Path) -> None:
+    """Flips a bit; a second time flips it back."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    damage(path)
+    yield
+    damage(path)
+
+
+def verify_or_error(folder: Path) -> bool:
+    try:
+        return verify_cache(folder).ok
+    except CacheError:
+        return False
 
 
 class TestS3:
@@ -235,13 +258,14 @@ class TestRetries:
 
     def test_more_are_an_error_that_says_so(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         make_flaky(monkeypatch, remote.ATTEMPTS)
-        with pytest.raises(CacheError, match="connection reset in 5 attempts"):
+        with pytest.raises(CacheError, match=f"connection reset in {remote.ATTEMPTS} attempts"):
             LogitCache(url)
 
     def test_a_push_survives_them_too(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         make_flaky(monkeypatch, 1)
+        monkeypatch.setattr(transfer, "AT_ONCE", 1)  # calls take turns at failing
         push(folder, f"file://{tmp_path}/there")
         assert verify_cache(tmp_path / "there").ok
 
@@ -265,7 +289,7 @@ class TestTransfer:
         monkeypatch.setattr(Mirror, "fetch", fetch)
         with pytest.raises(UsageError, match=r"dataset\.json"):
             LogitCache(tmp_path / "p")
-        assert Pull(url, tmp_path / "p").run().present == 4
+        assert 4 <= Pull(url, tmp_path / "p").run().present < len(job._files)
         assert verify_cache(tmp_path / "p").ok
         assert Pull(url, tmp_path / "p").run().num_bytes == 0
 
@@ -285,16 +309,157 @@ class TestTransfer:
         with pytest.raises(UsageError, match="found another"):
             push(other, url)
 
-    def test_a_damaged_file_is_not_pushed_silently(self, folder: Path, tmp_path: Path) -> None:
+    def test_of_two_pushes_of_unlike_caches_at_once_only_one_ends(self, folder: Path, tmp_path: Path) -> None:
+        there = tmp_path / "there"
+        other = write_cache(tmp_path / "o", make_dataset(num_sequences=9, data="sha256:dddd"))
+        began = []
+
+        def second_begins(_: int) -> None:
+            if not began:
+                began.append(True)
+                push(other, f"file://{there}")
+
+        with pytest.raises(UsageError, match="found another"):
+            push(folder, f"file://{there}", progress=second_begins)
+        assert same_content(LogitCache(other), LogitCache(f"file://{there}"))
+
+    def test_a_damaged_file_is_not_sent_and_goes_when_it_is_mended(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-        victim = next((copy / "shards").iterdir())
-        data = bytearray(victim.read_bytes())
-        data[100] ^= 4
-        victim.write_bytes(data)
-        with pytest.raises(CorruptionError, match=victim.name):
+        url = f"file://{tmp_path}/there"
+        victim = sorted((copy / "shards").iterdir())[-1]
+        with flipped(victim):
+            with pytest.raises(CorruptionError, match=victim.name):
+                push(copy, url)
+            assert not (tmp_path / "there" / "shards" / victim.name).exists()
+            with pytest.raises(UsageError, match=r"dataset\.json"):
+                LogitCache(url)
+        push(copy, url)
+        Pull(url, tmp_path / "p").run()
+        assert verify_cache(tmp_path / "p").ok
+
+    def test_a_file_that_changes_while_it_is_sent_leaves_no_object(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        monkeypatch.setattr(transfer, "hash_stream", lambda _: checked.pop(0))
+        checked = [ref.sha256 for ref in files_of(Store.open(copy)).values()]
+        monkeypatch.setattr(transfer, "AT_ONCE", 1)
+        victim = copy / next(iter(files_of(Store.open(copy))))
+        with flipped(victim), pytest.raises(CorruptionError, match=victim.name):
             push(copy, f"file://{tmp_path}/there")
-        with pytest.raises(UsageError, match=r"dataset\.json"):
-            LogitCache(f"file://{tmp_path}/there")
+        assert not (tmp_path / "there" / "shards" / victim.name).exists()
+
+    @pytest.mark.parametrize("kind", ["shards", "bases", "tokenizer", "commits", "dataset.json"])
+    def test_a_push_mends_what_is_damaged_in_the_store(
+        self, folder: Path, url: str, tmp_path: Path, kind: str
+    ) -> None:
+        place = tmp_path / "store" / kind
+        damage(sorted(place.iterdir())[0] if place.is_dir() else place)
+        assert not verify_or_error(tmp_path / "store")
+        push(folder, url)
+        assert verify_cache(tmp_path / "store").ok
+
+    @pytest.mark.parametrize("how", ["flipped", "link", "tokenizer", "dataset.json"])
+    def test_a_pull_mends_what_is_damaged_here(
+        self, folder: Path, url: str, tmp_path: Path, how: str
+    ) -> None:
+        here = tmp_path / "p"
+        Pull(url, here).run()
+        victim = sorted((here / "shards").iterdir())[0]
+        if how == "link":
+            victim.unlink()
+            victim.symlink_to(folder / "shards" / victim.name)
+        elif how == "tokenizer":
+            damage(here / "tokenizer" / "tokenizer.json")
+        else:
+            damage(victim if how == "flipped" else here / how)
+        assert not verify_or_error(here)
+        Pull(url, here).run()
+        assert verify_cache(here).ok
+
+
+class TestObjects:
+    @pytest.mark.parametrize("megabytes", [0, 1, 21])
+    def test_an_etag_spares_the_read_of_an_equal_object_and_only_of_that(
+        self, s3: str, megabytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = np.random.default_rng(3).bytes(megabytes << 20) + b"end"
+        there, ref = RemoteFolder(s3), FileRef.of("x", data)
+        there.upload("shards/x", lambda: iter([data]))
+        other = data[:-1] + b"D"
+        assert not there.holds("shards/x", FileRef.of("x", other), lambda: iter([other]))
+        monkeypatch.setattr(remote, "_copy", None)  # reading would be an error
+        pieces = [data[i : i + 999_983] for i in range(0, len(data), 999_983)]
+        assert there.holds("shards/x", ref, lambda: iter(pieces))
+
+    def test_a_push_replaces_an_object_of_the_right_size_and_moves_nothing_else(
+        self, folder: Path, s3: str, tmp_path: Path
+    ) -> None:
+        push(folder, s3)
+        path, ref = next(iter(files_of(Store.open(folder)).items()))
+        RemoteFolder(s3).upload(path, lambda: iter([b"?" * ref.num_bytes]))
+        again = push(folder, s3)
+        assert (again.num_bytes, again.present) == (ref.num_bytes, len(files_of(Store.open(folder))) - 1)
+        Pull(s3, tmp_path / "p").run()
+        assert verify_cache(tmp_path / "p").ok
+
+
+class TestProxies:
+    @pytest.fixture
+    def through(self, server: str, s3: str) -> Callable[[str], str]:
+        return lambda address: s3.replace(server, address)
+
+    def test_a_small_file_costs_one_request(
+        self, folder: Path, server: str, through: Callable[[str], str]
+    ) -> None:
+        with faulty_proxy(server) as proxy:
+            push(folder, through(proxy.address))
+            first = len(proxy.seen)
+            push(folder, through(proxy.address))
+        files = len(files_of(Store.open(folder))) + len(Store.open(folder).committed()) + 1
+        assert first < 2 * files + 40
+        assert len(proxy.seen) - first < 3 * files + 40
+
+    @pytest.mark.parametrize(("fault", "share"), [("503", 0.4), ("drop", 0.3)])
+    def test_a_push_gets_through_a_bad_connection(
+        self, fault: Any, share: float, folder: Path, server: str, through: Callable[[str], str]
+    ) -> None:
+        with faulty_proxy(server, fault=fault, share=share) as proxy:
+            url = through(proxy.address)
+            push(folder, url)
+            assert len(proxy.seen) < 150
+        assert fault in {what for _, what in proxy.seen}
+        assert same_content(LogitCache(folder), LogitCache(url.replace(proxy.address, server)))
+
+    def test_wrong_credentials_are_said_at_once(
+        self, folder: Path, server: str, through: Callable[[str], str], tmp_path: Path
+    ) -> None:
+        for work in (
+            lambda url: push(folder, url),
+            lambda url: Pull(url, tmp_path / "p"),
+        ):
+            with faulty_proxy(server, fault="403", share=1.0) as proxy:
+                with pytest.raises(CacheError, match="credentials") as caught:
+                    work(through(proxy.address))
+                assert len(proxy.seen) < 4
+            assert "attempts" not in str(caught.value)
+            assert "secret" not in str(caught.value)
+
+    def test_a_bucket_that_is_not_there(self, folder: Path, s3: str) -> None:
+        with pytest.raises(CacheError, match="credentials and bucket"):
+            push(folder, s3.replace("&allow_bucket_creation=true", ""))
+
+    def test_a_server_that_has_gone_is_an_error_after_some_time(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(remote, "ATTEMPTS", 2)
+        heard: list[str] = []
+        options = "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+        with pytest.raises(CacheError, match=f"in {remote.ATTEMPTS} attempts"):
+            push(folder, f"s3://key:secret@bucket/x?{options}", told=heard.append)
+        assert heard[0] == f"look at dataset.json: attempt 1 of {remote.ATTEMPTS} failed"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_a_complete_cache_has_the_promised_files_and_nothing_else(tmp_path):
     records = [store.record(i) for i in store.committed()]
     expected = {
         "dataset.json",
+        ".dataset.json",
         *(f"tokenizer/{n}" for n in TOKENIZER),
         *(f"commits/{i:05d}.json" for i in range(5)),
     }
@@ -98,14 +99,17 @@ def test_measured_figures_are_read_after_the_sequences(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "sha256:zzzz"}, "teacher: 'sha256:aaaa' in the cache, 'sha256:zzzz' now"),
+        (
+            {"teacher": "sha256:zzzz"},
+            r"^--teacher \(teacher\): 'sha256:aaaa' in the cache, 'sha256:zzzz' now",
+        ),
         ({"chat_template": "other"}, "chat_template: 'none' in the cache"),
-        ({"per_shard": 6}, "sequences_per_shard: 5 in the cache, 6 now"),
+        ({"per_shard": 6}, r"^--sequences-per-shard \(sequences_per_shard\): 5 in the cache, 6 now"),
         (
             {"spec": dataclasses.replace(SPEC, logprob_step=0.5)},
             "target.logprob_step: 0.0078125 in the cache, 0.5 now",
         ),
-        ({"hidden": hidden_spec()}, "hidden: None in the cache"),
+        ({"hidden": hidden_spec()}, r"^--hidden-layers \(hidden\): None in the cache"),
     ],
 )
 def test_another_fingerprint_is_refused_by_name(tmp_path, changes, message):
@@ -114,6 +118,16 @@ def test_another_fingerprint_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(FingerprintError, match=message):
         open_writer(cache, **changes)
     assert files_in(cache) == before
+
+
+def test_a_teacher_of_another_name_is_named_before_its_hash(tmp_path):
+    dataset = dataclasses.replace(make_dataset(), meta={"teacher": "models/big", "data": "text"})
+    CacheWriter.create_or_resume(tmp_path / "c", dataset, TOKENIZER).close()
+    other = dataclasses.replace(make_dataset(teacher="sha256:zzzz"), meta={"teacher": "models/bigger"})
+    with pytest.raises(FingerprintError) as caught:
+        CacheWriter.create_or_resume(tmp_path / "c", other, TOKENIZER)
+    expected = "--teacher (teacher): models/big (aaaa) in the cache, models/bigger (zzzz) now; dataset.json: "
+    assert str(caught.value).startswith(expected)
 
 
 def test_other_tokenizer_files_are_refused_and_lost_ones_restored(tmp_path):
@@ -150,7 +164,11 @@ def test_wrong_sequences_are_refused_and_nothing_is_committed(tmp_path):
         with pytest.raises(NonFiniteError, match=r"\(sequence 3, token 1\): coordinates must be finite"):
             writer.write_shard(0, good, **extra)
         assert writer.missing_shards() == [0, 1, 2, 3, 4]
-    assert files_in(tmp_path / "c") == ["dataset.json", *(f"tokenizer/{n}" for n in sorted(TOKENIZER))]
+    assert files_in(tmp_path / "c") == [
+        ".dataset.json",
+        "dataset.json",
+        *(f"tokenizer/{n}" for n in sorted(TOKENIZER)),
+    ]
 
 
 def test_targets_of_the_trained_positions_alone_give_the_same_bytes(tmp_path):

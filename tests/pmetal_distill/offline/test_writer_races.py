@@ -141,4 +141,8 @@ def test_a_file_size_limit_is_a_clear_error_and_leaves_no_trace(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "c"), here, "1", "0"]
     done = subprocess.run(command, cwd=Path.cwd(), capture_output=True, text=True, check=False)
     assert "must be written in full, found [Errno 27] File too large; free space" in done.stderr
-    assert files_in(tmp_path / "c") == ["dataset.json", *(f"tokenizer/{n}" for n in sorted(TOKENIZER))]
+    assert files_in(tmp_path / "c") == [
+        ".dataset.json",
+        "dataset.json",
+        *(f"tokenizer/{n}" for n in sorted(TOKENIZER)),
+    ]
