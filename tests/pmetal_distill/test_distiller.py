@@ -305,7 +305,7 @@ def test_a_student_without_a_backward_pass_is_a_model_error(
 def test_a_student_of_a_class_that_mlx_cannot_train_is_a_model_error(
     teacher: LoadedModel, student: LoadedModel
 ) -> None:
-    """Its `__init__` leaves out that of nn.Module; loading mends this, but not in layers put in afterwards."""
+    """Its `__init__` leaves out that of nn.Module; loading mends this, but not in later layers."""
     del vars(student.model.layers[0])["_no_grad"]
     with pytest.raises(ModelError, match=r"llama.*of mlx-lm, where .*_no_grad"):
         Distiller(teacher, student)
