@@ -69,7 +69,7 @@ def require_trainable(loaded: LoadedModel) -> None:
     """Sees that MLX can tell which parameters of a model are trained.
 
     Raises:
-        ModelError: its class in mlx-lm is no complete `nn.Module`, as that of recurrent_gemma.
+        ModelError: a class in it is no complete `nn.Module`, put in after loading, which mends such.
     """
     try:
         loaded.model.trainable_parameters()

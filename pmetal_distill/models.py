@@ -1,9 +1,9 @@
 """Models: loading, hidden states and logits of any mlx-lm model, saving, fingerprints.
 
 The only importer of mlx_lm, which takes seconds to import and is imported on first use. Loading costs the
-read of the weights and five forward passes of 8 to 36 tokens that find and verify where the body ends and
-the head begins. On the CPU everything runs in float32: half-precision products are 30 to 60 times slower
-there.
+read of the weights and five forward passes of 8 to 36 tokens, or up to nine where documents cannot share a
+sequence, that find and verify where the body ends and the head begins. On the CPU everything runs in float32:
+half-precision products are 30 to 60 times slower there.
 """
 
 import json

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from pipeline.settings import CacheSettings
+from pipeline.settings.cache import USUAL_RANK
 from tools.reference.commands import options
 from tools.reference.sources import ROOT
 
@@ -26,13 +27,15 @@ def test_its_defaults_are_those_of_the_code(command: str, option: str, default: 
     assert shown[f"--{option}"] == default.strip("`")
 
 
+def test_the_usual_rank_is_that_of_the_code() -> None:
+    assert ("cache", "sketch-rank", f"{USUAL_RANK}, or the width of a narrower teacher") in ROWS
+
+
 def test_the_defaults_are_set_in_bold_where_they_are_measured() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(CacheSettings)}
     assert f"| **{fields['top_k']}** | **" in SECTION["k and the tail"]
     row = next(
-        line
-        for line in SECTION["Rank and step"].splitlines()
-        if line.startswith(f"| **{fields['sketch_rank']}**")
+        line for line in SECTION["Rank and step"].splitlines() if line.startswith(f"| **{USUAL_RANK}**")
     )
     heads = next(line for line in SECTION["Rank and step"].splitlines() if line.startswith("| rank |"))
     bold = [cell.strip().startswith("**") for cell in row.split("|")[2:]].index(True)

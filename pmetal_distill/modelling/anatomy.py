@@ -1,4 +1,4 @@
-"""Takes an mlx-lm model apart into body and head without knowing its class. Costs five short passes.
+"""Takes an mlx-lm model apart into body and head without knowing its class. Costs five to nine short passes.
 
 mlx-lm's language models have the form `out = self.model(inputs, cache); return head(out)`. Here the module
 that holds the blocks is found by looking for the blocks; the body is run by calling the model with that

@@ -28,8 +28,9 @@ from pmetal_distill.models import LoadedModel, load_model, wrap_model
 from pmetal_distill.teaching import TextBatch
 from schemas.errors import ModelError, UsageError
 from tests.pmetal_distill.adapter_cases import LINEARS, in_memory, some_text, stir
-from tests.tiny import build_tiny_model
+from tests.tiny import build_tiny_model, random_model
 from tests.zoo import separately
+from tests.zoo.configs import small_config
 
 KINDS = ("lora", "dora")
 
@@ -129,6 +130,18 @@ class TestAdding:
         with pytest.raises(UsageError, match="a QuantizedEmbedding of 4 bits"):
             add_adapters(in_memory(bits=4), spec, seed=0)
         assert adapter_weights(add_adapters(in_memory(bits=6), AdapterSpec(), seed=0).model)
+
+    def test_layers_whose_weights_the_model_reads_itself(self) -> None:
+        """As mlx_lm's Gemma 3n reads those of `altup.prediction_coefs`."""
+
+        def gemma() -> LoadedModel:
+            config = small_config("gemma3n")
+            return wrap_model(random_model(config), None, config)
+
+        with pytest.raises(UsageError, match="must run with its adapters, found that it fails"):
+            add_adapters(gemma(), AdapterSpec(), seed=0)
+        adapted = add_adapters(gemma(), AdapterSpec(keys=["self_attn.q_proj"]), seed=0)
+        assert adapter_weights(adapted.model)
 
 
 class TestFull:

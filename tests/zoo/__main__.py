@@ -26,7 +26,7 @@ def main() -> int:
         wanted.write.write_text(page(rows))
     failed = [row.name for row in rows if row.failures]
     print(
-        f"{len(rows) - len(failed)} of {len(rows)} do everything"
+        f"{len(rows) - len(failed)} of {len(rows)} without a failure"
         + (f"; not {', '.join(failed)}" if failed else "")
     )
     return 1 if failed else 0

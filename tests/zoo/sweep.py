@@ -4,6 +4,7 @@ Every station is the command's own function on a folder of the small model, so w
 """
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from pipeline.cache import run_cache
 from pipeline.console import Console
@@ -66,11 +67,24 @@ class Row:
         }
 
 
+def stirred_model(name: str) -> nn.Module:
+    """The small model, with small random numbers instead of zeros: RWKV's norm of zeros has no gradient."""
+    model = random_model(json.loads(json.dumps(small_config(name))))
+
+    def stir(path: str, tensor: mx.array) -> mx.array:
+        if not mx.issubdtype(tensor.dtype, mx.floating) or bool((tensor != 0).any()):
+            return tensor
+        key = mx.random.key(zlib.crc32(path.encode()))
+        return 0.1 * mx.random.normal(tensor.shape, key=key).astype(tensor.dtype)
+
+    model.update(tree_map_with_path(stir, model.parameters()))
+    return model
+
+
 def write_model(name: str, folder: Path) -> Path:
     """The small model of an architecture as a folder that mlx_lm loads."""
     folder.mkdir(parents=True)
-    config = json.loads(json.dumps(small_config(name)))
-    weights = dict(tree_flatten(random_model(config).parameters()))
+    weights = dict(tree_flatten(stirred_model(name).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(small_config(name)))
     save_tokenizer(folder, vocab_size=VOCABULARY)
@@ -184,7 +198,7 @@ def mlx_lm_trains(name: str, kind: Literal["full", "lora"]) -> bool:
     """Whether the architecture's own gradients of a cross-entropy can be had, and are numbers."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    model, ids = random_model(json.loads(json.dumps(small_config(name)))), mx.arange(40, 60)[None]
+    model, ids = stirred_model(name), mx.arange(40, 60)[None]
     if kind == "lora":
         model.freeze()
         linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})

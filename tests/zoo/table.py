@@ -18,9 +18,9 @@ cores; a dozen of them run in the test suite). {summary}
 the model's own *head* or its *full call* gives those of a whole batch, which is slower. **packs**: documents
 share a sequence under one mask for the *batch*, or one for each of its *rows*; else each has its own.
 **exact**: largest difference, in nats, of cached log-probabilities of the eight first choices from what
-mlx-lm gives for each document alone; the cache rounds to 1/128. **full**, **LoRA**: two steps from the
-cache change the weights, or mlx-lm itself cannot train it. **init-student**: one of half of the layers loads
-and runs.
+mlx-lm gives for each document alone; the cache rounds to 1/128. **full**, **LoRA** (of every linear layer):
+two steps from the cache change the weights, or mlx-lm itself cannot train it so. **init-student**: half of
+the layers load and run.
 
 """
 
