@@ -258,7 +258,8 @@ def run(teacher: LoadedModel, student: LoadedModel, args: argparse.Namespace) ->
     ]
     texts = [teacher.tokenizer.decode(window.tolist()) for window in text.windows]
     said = Said(text.windows, np.concatenate(logits), text.states, texts)
-    rows = all_rows(our_formats(fit_on, held, teacher), said, args.repeats, args.only)
+    ours = our_formats(fit_on, held, teacher) if not args.only or "ours" in args.only else []
+    rows = all_rows(ours, said, args.repeats, args.only)
     measure_errors(rows, text, teacher, student)
     return rows
 
@@ -281,7 +282,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6144, help="evaluation tokens, about")
     parser.add_argument("--repeats", type=int, default=2, help="of writing and reading; the best counts")
     parser.add_argument("--distillkit", type=Path, help="a checkout of DistillKit, which no registry serves")
-    parser.add_argument("--only", action="append", default=[], help="part of the name of a rival; repeatable")
+    parser.add_argument(
+        "--only", action="append", default=[], help="part of the name of a rival, or 'ours'; repeatable"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     sys.path += [str(args.distillkit)] if args.distillkit else []

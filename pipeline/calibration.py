@@ -169,10 +169,12 @@ class Calibrator:
         start = f"shards {stretch.start} to {stretch.stop - 1}: the text is unlike the sample"
         times = f"{monitor.drift(chosen.error):.2f} times the sample's ({monitor.factor:g} is the bound)"
         unsettled = monitor.drifted(chosen.error)
-        if refitted and unsettled:
-            self.console.note(f"{start}; with a basis of their own the KL at T = 2 is still {times}")
-        elif refitted:
-            self.console.note(f"{start}, so they have a basis of their own")
+        if refitted:
+            tokens = self.runner.dataset.tokens_in(self._sequences(stretch))
+            share = len(chosen.basis.to_bytes()) / tokens
+            own = f"a basis of their own ({share:,.0f} bytes for each of their tokens)"
+            still = f"; with {own} the KL at T = 2 is still {times}"
+            self.console.note(start + (still if unsettled else f", so they have {own}"))
         elif unsettled:
             self.console.note(f"{start}, and a basis of their own gains nothing: the KL at T = 2 is {times}")
 
