@@ -21,13 +21,13 @@ pytestmark = pytest.mark.slow
 def test_bucket_targets_at_every_temperature(real_teacher: Path, tmp_path: Path) -> None:
     """p_T of every head token within 1e-2 nats, the tail's mass within 1e-2, at six temperatures."""
     data = tmp_path / "text.jsonl"
-    topics = pydoc_topics()[::12]
+    topics = pydoc_topics()[::30]
     data.write_text("\n".join(json.dumps({"text": topic.text[:900]}) for topic in topics))
     teacher = load_model(real_teacher)
     wanted = settings(real_teacher, data, tmp_path / "cache", max_seq_len=256)
     run_cache(wanted, Console(quiet=True), teacher=teacher)
     cache, packed = LogitCache(tmp_path / "cache"), read_data(wanted, teacher)
-    assert cache.num_trained_tokens > 800
+    assert cache.num_trained_tokens > 300
     for number in range(cache.num_sequences):
         batch, row = collate(packed, [number]), cache.sequence(number)
         hidden = teacher.hidden(mx.array(batch.token_ids), documents=batch.documents).final[0]

@@ -250,7 +250,7 @@ class TestRealTeacher:
         assert "Paris" in plain
 
     def test_perplexity_on_the_python_documentation(self, real_teacher: Path) -> None:
-        """The first 4,096 tokens of the sorted topics, in sequences of 512: 14.74 in float32.
+        """The first 1,024 tokens of the sorted topics, in sequences of 512: 14.23 in float32.
 
         Half precision moves it by half a percent, a wrong rope base by ten percent (both on the first
         sequence), a wrong order of the rows of q and k to the hundreds. Hence 3 percent to either side.
@@ -258,14 +258,14 @@ class TestRealTeacher:
         from pydoc_data.topics import topics
 
         loaded = load_model(real_teacher)
-        ids = loaded.tokenizer.encode("".join(topics[key] for key in sorted(topics)))[:4096]
-        token_ids = mx.array(np.array(ids, np.int32).reshape(8, 512))
+        ids = loaded.tokenizer.encode("".join(topics[key] for key in sorted(topics)))[:1024]
+        token_ids = mx.array(np.array(ids, np.int32).reshape(2, 512))
         total = 0.0
         for row in token_ids:
             hidden = loaded.hidden(row[None]).final[0, :-1]
             losses = nn.losses.cross_entropy(loaded.logits(hidden), row[1:])
             total += float(losses.sum())
-        assert 14.3 < float(np.exp(total / (8 * 511))) < 15.2
+        assert 13.8 < float(np.exp(total / (2 * 511))) < 14.66
 
     def test_packed_documents(self, real_teacher: Path) -> None:
         loaded = load_model(real_teacher)

@@ -246,8 +246,8 @@ def test_measured_layers_of_the_real_teacher_beat_evenly_spaced_ones(
     from pydoc_data.topics import topics
 
     teacher = load_model(real_teacher)
-    ids = np.array(teacher.tokenizer.encode("\n".join(topics.values())[:8000])[:1024], np.int32)
-    measured, judged = ids.reshape(4, 256)[:2], mx.array(ids.reshape(4, 256)[2:])
+    ids = np.array(teacher.tokenizer.encode("\n".join(topics.values())[:8000])[:384], np.int32)
+    measured, judged = ids.reshape(4, 96)[:2], mx.array(ids.reshape(4, 96)[2:])
     batch = TextBatch(measured, np.zeros_like(measured), measured >= 0, measured)
     layers = influential_layers(teacher, 15, [batch])
     p = mx.softmax(teacher.full(judged), axis=-1)
