@@ -23,13 +23,16 @@ from pmetal_distill.kernel_folder import kernel_folder
 WAIT_SECONDS = 30.0
 MOST_PROCESSES = 12
 INSIDE = "PMETAL_WARMING"  # set in the processes started here, which start none themselves
+RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _started: dict[str, "subprocess.Popen[bytes]"] = {}
 
 
 def begin(dtypes: Sequence[str]) -> None:
     """Starts what has not been built for these types; returns at once. Does nothing without a CUDA GPU."""
     folder = kernel_folder()
-    if folder is None or INSIDE in os.environ:
+    # Of the processes of a launch one is enough.
+    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    if folder is None or INSIDE in os.environ or not first:
         return
     wanted = [(name, dtype) for dtype in dtypes for name in RECIPES]
     wanted = [(n, d) for n, d in wanted if f"{n}-{d}" not in _started and not _mark(folder, n, d).exists()]
