@@ -116,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         advice = "check the path, its permissions and the space on its disk"
         click.echo(printable(f"error: {place}{error.strerror or error}; {advice}"), err=True)
         sys.exit(1)
+    except (click.Abort, KeyboardInterrupt) as stop:  # an Abort is a RuntimeError too
+        said = str(stop.__cause__ or stop) or "interrupted; what was committed is kept, --resume continues"
+        click.echo(printable(said), err=True)
+        sys.exit(130)
     except (MemoryError, RuntimeError, ValueError) as error:
         if (said := _of_the_system(error)) is None:
             raise
         click.echo(f"error: {said}", err=True)
         sys.exit(1)
-    except (click.Abort, KeyboardInterrupt) as stop:
-        said = str(stop.__cause__ or stop) or "interrupted; what was committed is kept, --resume continues"
-        click.echo(printable(said), err=True)
-        sys.exit(130)
