@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(printable(said), err=True)
         sys.exit(130)
     except (MemoryError, RuntimeError, ValueError) as error:
-        if (said := _of_the_system(error)) is None:
+        if (reason := _of_the_system(error)) is None:
             raise
-        click.echo(f"error: {said}", err=True)
+        click.echo(f"error: {reason}", err=True)
         sys.exit(1)
