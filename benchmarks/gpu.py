@@ -132,6 +132,13 @@ def check_demo(report: Report, folder: Path) -> None:
     report.add("demo", close, f"of the first KL are left: {', '.join(parts)}", started)
 
 
+def check_caches(report: Report, demo: Path, out: Path) -> None:
+    """Both tails."""
+    for tail in ("sketch", "bucket"):
+        with report.step(f"cache, tail {tail}"):
+            check_cache(report, demo, out, tail)
+
+
 def check_cache(report: Report, demo: Path, out: Path, tail: str) -> None:
     """A cache of the real teacher, and that the teacher says so again."""
     started, folder = time.monotonic(), out / f"cache-{tail}"
@@ -312,9 +319,7 @@ def main() -> None:
     print("\n".join(about()), flush=True)
     steps: dict[str, Callable[[], None]] = {
         "demo": lambda: check_demo(report, demo),
-        "cache": lambda: (
-            [check_cache(report, demo, args.out, tail) for tail in ("sketch", "bucket")] and None
-        ),
+        "cache": lambda: check_caches(report, demo, args.out),
         "train": lambda: check_training(report, demo, args.out),
         "eval": lambda: check_eval(report, demo, args.out),
         "types": lambda: check_types(report),

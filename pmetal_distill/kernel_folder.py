@@ -95,10 +95,22 @@ def _write_index(folder: Path, old: dict[str, object], new: dict[str, object]) -
     if new == old:
         return
     with contextlib.suppress(OSError):
-        handle, draft = tempfile.mkstemp(dir=folder, prefix=".part-")
-        with os.fdopen(handle, "w") as file:
-            json.dump(new, file, indent=0)
-        Path(draft).replace(folder / INDEX)
+        write_whole(folder / INDEX, json.dumps(new, indent=0).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, also where processes write the same.
+
+    It need not survive a power cut, so nothing is flushed: what is kept here can be built again.
+    """
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
 def _kernels(folder: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ Mixed costs 4 bytes a trained weight for the master and 2 for the copy it is mul
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,7 +36,7 @@ Types = Mapping[str, mx.Dtype]
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 HALF = (mx.bfloat16, mx.float16)
-PRECISIONS = ("mixed", "bfloat16", "float32")
+PRECISIONS: tuple[str, ...] = get_args(StudentPrecision)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -177,11 +177,10 @@ def prepare_weights(model: nn.Module, wanted: StudentPrecision | None, stored: T
     trained = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters())))
     kept = _kept_in_float32(model, stored)
 
-    def set_type(name: str, array: mx.array) -> mx.array:
-        if not mx.issubdtype(array.dtype, mx.floating) or (name in kept and array.dtype == mx.float32):
+    def set_type(path: str, array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating) or (path in kept and array.dtype == mx.float32):
             return array
-        wanted = master if name in trained else compute
-        return array.astype(wanted)
+        return array.astype(master if path in trained else compute)
 
     model.update(tree_map_with_path(set_type, model.parameters()))
     copies = frozenset() if compute == master else frozenset(trained) - kept

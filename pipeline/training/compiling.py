@@ -1,7 +1,7 @@
 """Compiled steps on CUDA without waiting for a compiler: another process builds their kernels meanwhile.
 
 A compiled step is some forty kernels of MLX, built one after the other at the first step: minutes on a
-machine that has none of them, against a gain of a third of each step (H100, SmolLM2-135M, docs/kernels.md).
+machine that has none of them, against a gain of a third of each step (H100, SmolLM2-135M, docs/precision.md).
 So a run begins with plain steps, a child process takes a few compiled ones with the same settings, student
 and cache, and the run goes over to compiled steps when the child is done. What it built stays in
 `kernel_folder`: the next run with these settings compiles at once. Both kinds of step are the same
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ class CompilingAhead:
 
 
 def compile_ahead(
-    settings: TrainSettings, distiller: "Distiller", steps: int, *, content: Any, room: bool
+    settings: TrainSettings, distiller: "Distiller", steps: int, *, content: Any, room: Callable[[], bool]
 ) -> CompilingAhead | None:
     """Compiles now if the kernels are there, else has them built; None where nothing is to be waited for.
 
@@ -80,7 +81,7 @@ def compile_ahead(
         distiller: of the run.
         steps: that are left.
         content: hashes of what the run is made from.
-        room: whether the GPU's memory has room for a second student.
+        room: says whether the GPU's memory has room for a second student.
     """
     from pmetal_distill.kernel_folder import kernel_folder
 
@@ -91,7 +92,7 @@ def compile_ahead(
     if mark.exists():
         distiller.compile_steps()
         return None
-    if not room or settings.cache is None or not distiller.world.leads:
+    if not room() or settings.cache is None or not distiller.world.leads:
         return None
     scratch = tempfile.TemporaryDirectory(prefix="pmetal-")
     file = Path(scratch.name) / SETTINGS

@@ -118,7 +118,7 @@ def _run(settings: TrainSettings, folder: RunFolder, world: "World", console: Co
         loop.distiller,
         settings.iters - loop.iteration,
         content=loop.content["content"],
-        room=fits_twice(settings, loop.source, loop.distiller),
+        room=lambda: fits_twice(settings, loop.source, loop.distiller),
     )
     with _metrics(settings, folder, loop.iteration, world) as metrics:
         loop.run(metrics, console, compiling)

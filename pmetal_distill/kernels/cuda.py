@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from pmetal_distill.kernel_folder import architecture, kernel_folder
+from pmetal_distill.kernel_folder import architecture, kernel_folder, write_whole
 
 Template = Sequence[tuple[str, Any]]
 TYPES = {
@@ -163,7 +162,7 @@ def machine_code(compiler: Compiler, name: str, unit: str) -> bytes:
     code = compiler.compile(unit)
     if path is not None:
         with contextlib.suppress(OSError):  # a full or read-only disk costs the next process a second
-            _keep(path, code)
+            write_whole(path, hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -175,18 +174,6 @@ def _read_kept(path: Path) -> bytes | None:
         return None
     kept, code = data[:_HASH_BYTES], data[_HASH_BYTES:]
     return code if code and hashlib.sha256(code).digest() == kept else None
-
-
-def _keep(path: Path, code: bytes) -> None:
-    """Writes the file whole or not at all: processes that build the same kernel do not disturb each other."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
 
 
 @cache

@@ -73,7 +73,7 @@ def test_a_short_run_and_a_full_gpu_take_plain_steps(settings: TrainSettings, on
     for steps, room in ((0, True), (10, False)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compiling, "_form", lambda *_: "form")
-            assert compile_ahead(settings, Plain(), steps, content={}, room=room) is None  # type: ignore[arg-type]
+            assert compile_ahead(settings, Plain(), steps, content={}, room=lambda room=room: room) is None  # type: ignore[arg-type]
     assert not list(on_cuda.iterdir())
 
 
