@@ -1,11 +1,12 @@
 """Compiled steps on CUDA without waiting for a compiler: another process builds their kernels meanwhile.
 
 A compiled step is some forty kernels of MLX, built one after the other at the first step: minutes on a
-machine that has none of them, against a gain of a third of each step (H100, SmolLM2-135M, docs/precision.md).
-So a run begins with plain steps, a child process takes a few compiled ones with the same settings, student
-and cache, and the run goes over to compiled steps when the child is done. What it built stays in
-`kernel_folder`: the next run with these settings compiles at once. Both kinds of step are the same
-arithmetic and differ by rounding, less than two runs on a GPU differ from each other.
+machine that has none of them, against a gain of a third of each step (H100, SmolLM2-135M,
+docs/precision.md). So a run begins with plain steps, a child process takes a few compiled ones with the
+same settings, student and cache, and the run goes over to compiled steps when the child is done. What it
+built stays in `kernel_folder`: the next run with these settings compiles at once. Both kinds of step are
+the same arithmetic and differ by rounding (after 40 steps in bfloat16 on an H100: losses of 1.1913 and
+1.1914).
 
 The child costs as much of the GPU's memory as the run, for a few steps; where that is not there, steps stay
 plain. It ends with its parent.
